@@ -1,0 +1,218 @@
+//! The lock order of SEMANTICS.md section I, checked at run time in debug builds.
+//!
+//! A lock of a class is taken only while locks of lower classes are held; [`rule_zero`] asserts that
+//! nothing is held where a fault may be taken (INV9). Release builds compile all of this to nothing.
+//!
+//! ```text
+//! Inode < Glock < Allocator < Invalidate < Folio < Leaf
+//! ```
+
+use std::ops::{Deref, DerefMut};
+
+/// The classes of section I, outermost first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Rank {
+    /// 1: an inode's read-write lock.
+    Inode = 1,
+    /// 2: a glock.
+    Glock = 2,
+    /// 3: space reservation.
+    Allocator = 3,
+    /// 4: the two-state lock that parts page-cache fills from direct I/O and truncation.
+    Invalidate = 4,
+    /// 5: a locked folio.
+    Folio = 5,
+    /// 6: a leaf: held for a few instructions, nothing is taken under it.
+    Leaf = 6,
+}
+
+#[cfg(debug_assertions)]
+mod checked {
+    use super::Rank;
+    use std::cell::RefCell;
+
+    thread_local! {
+        static HELD: RefCell<Vec<Rank>> = const { RefCell::new(Vec::new()) };
+    }
+
+    /// Evidence that a lock of some class is on this thread's list.
+    #[derive(Debug)]
+    pub struct Held(pub(super) Rank, std::marker::PhantomData<*const ()>);
+
+    /// Notes that this thread takes a lock of class `rank`.
+    ///
+    /// # Panics
+    /// When a lock of a higher class is held already, or of the same class where that is not allowed.
+    #[must_use]
+    #[track_caller]
+    pub fn enter(rank: Rank) -> Held {
+        HELD.with_borrow_mut(|held| {
+            if let Some(&top) = held.iter().max() {
+                // Folios of one file are taken in ascending order and two inodes by number: equal ranks pass.
+                let fits = top < rank || (top == rank && rank != Rank::Leaf);
+                assert!(fits, "lock order: {rank:?} taken while holding {held:?}");
+            }
+            held.push(rank);
+        });
+        Held(rank, std::marker::PhantomData)
+    }
+
+    impl Drop for Held {
+        fn drop(&mut self) {
+            HELD.with_borrow_mut(|held| {
+                if let Some(at) = held.iter().rposition(|&rank| rank == self.0) {
+                    held.remove(at);
+                }
+            });
+        }
+    }
+
+    /// Asserts INV9: this thread holds no lock of the library.
+    ///
+    /// # Panics
+    /// When it holds one.
+    #[track_caller]
+    pub fn rule_zero(place: &str) {
+        HELD.with_borrow(|held| {
+            assert!(
+                held.is_empty(),
+                "rule zero broken at {place}: holding {held:?}"
+            );
+        });
+    }
+}
+
+#[cfg(not(debug_assertions))]
+mod checked {
+    use super::Rank;
+
+    /// Evidence that a lock of some class is held; empty in release builds.
+    #[derive(Debug)]
+    pub struct Held(std::marker::PhantomData<*const ()>);
+
+    /// Does nothing in release builds.
+    #[must_use]
+    #[inline(always)]
+    pub fn enter(_rank: Rank) -> Held {
+        Held(std::marker::PhantomData)
+    }
+
+    /// Does nothing in release builds.
+    #[inline(always)]
+    pub fn rule_zero(_place: &str) {}
+}
+
+pub use checked::{Held, enter, rule_zero};
+
+/// A guard together with its place in the order.
+#[derive(Debug)]
+pub struct Ranked<G> {
+    // Dropped in this order: the lock first, then the note that it is held.
+    guard: G,
+    _held: Held,
+}
+
+impl<G: Deref> Deref for Ranked<G> {
+    type Target = G::Target;
+
+    fn deref(&self) -> &G::Target {
+        &self.guard
+    }
+}
+
+impl<G: DerefMut> DerefMut for Ranked<G> {
+    fn deref_mut(&mut self) -> &mut G::Target {
+        &mut self.guard
+    }
+}
+
+/// A read-write lock with a place in the order.
+#[derive(Debug)]
+pub struct RwLock<T> {
+    rank: Rank,
+    lock: parking_lot::RwLock<T>,
+}
+
+/// A shared guard of a [`RwLock`].
+pub type ReadGuard<'a, T> = Ranked<parking_lot::RwLockReadGuard<'a, T>>;
+/// An exclusive guard of a [`RwLock`].
+pub type WriteGuard<'a, T> = Ranked<parking_lot::RwLockWriteGuard<'a, T>>;
+
+impl<T> RwLock<T> {
+    /// Makes a lock of class `rank`.
+    pub const fn new(rank: Rank, value: T) -> Self {
+        Self {
+            rank,
+            lock: parking_lot::RwLock::new(value),
+        }
+    }
+
+    /// Takes it shared.
+    #[inline]
+    #[track_caller]
+    pub fn read(&self) -> ReadGuard<'_, T> {
+        let held = enter(self.rank);
+        Ranked {
+            guard: self.lock.read(),
+            _held: held,
+        }
+    }
+
+    /// Takes it exclusive.
+    #[inline]
+    #[track_caller]
+    pub fn write(&self) -> WriteGuard<'_, T> {
+        let held = enter(self.rank);
+        Ranked {
+            guard: self.lock.write(),
+            _held: held,
+        }
+    }
+
+    /// Takes it exclusive if nobody holds it.
+    #[inline]
+    #[track_caller]
+    pub fn try_write(&self) -> Option<WriteGuard<'_, T>> {
+        let guard = self.lock.try_write()?;
+        Some(Ranked {
+            guard,
+            _held: enter(self.rank),
+        })
+    }
+}
+
+#[cfg(all(test, debug_assertions))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_order_of_section_i_passes() {
+        let inode = RwLock::new(Rank::Inode, ());
+        let _inode = inode.write();
+        let _add = enter(Rank::Invalidate);
+        let _folio = enter(Rank::Folio);
+        let _next = enter(Rank::Folio);
+        drop(enter(Rank::Leaf));
+    }
+
+    #[test]
+    #[should_panic(expected = "lock order")]
+    fn an_inode_lock_under_a_folio_panics() {
+        let _folio = enter(Rank::Folio);
+        let _inode = enter(Rank::Inode);
+    }
+
+    #[test]
+    #[should_panic(expected = "rule zero broken")]
+    fn a_fault_under_a_lock_panics() {
+        let _folio = enter(Rank::Folio);
+        rule_zero("test");
+    }
+
+    #[test]
+    fn a_released_lock_leaves_the_list() {
+        drop(enter(Rank::Leaf));
+        rule_zero("test");
+    }
+}

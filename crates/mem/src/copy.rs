@@ -1,0 +1,422 @@
+//! Copies that report a fault instead of taking it.
+//!
+//! [`copy_nofault`] moves bytes between any two addresses. Faults that the kernel resolves by itself (a page of
+//! anonymous memory touched for the first time) happen as always; one that would be a SIGSEGV or SIGBUS ends the
+//! copy, and the count says exactly how many bytes were moved: byte exact, not chunk exact (SEMANTICS.md A-3).
+//!
+//! The engine is one instruction, `rep movsb`: its remaining count is architectural state, so a fault leaves the
+//! exact remainder in `rcx`, and on the processors we measured it is as fast as `memcpy` from 64 bytes on. The
+//! signal handler recognises that one instruction by its address, so nested copies (a signal handler that copies,
+//! A-5) need no per-thread flag; the verdict travels in registers.
+//!
+//! A thread that blocks SIGSEGV or SIGBUS is killed by the kernel at its first bad copy; a handler installed
+//! over ours must chain (call [`install`] again after installing one).
+
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+
+use pinfold_base::Progress;
+
+/// What an access wants to do with memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Load from it.
+    Read,
+    /// Store to it.
+    Write,
+}
+
+/// Why a copy came no further.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CopyStop {
+    /// The byte at `addr` could not be accessed; bringing it in may help, and probing just that byte tells.
+    NeedFault {
+        /// The first byte that could not be moved.
+        addr: usize,
+        /// What the copy wanted to do with it.
+        access: Access,
+    },
+    /// No fault-in can help: the address is not one (non-canonical, or the range wraps).
+    Fatal {
+        /// The first byte that could not be moved.
+        addr: usize,
+    },
+}
+
+#[cfg(target_arch = "x86_64")]
+mod arch {
+    use std::arch::global_asm;
+
+    // rdi = to, rsi = from, rdx = n. Returns rax = bytes not moved, rdx = fault address (0: none).
+    // The handler writes rdx and moves rip from `..._insn` to `..._fixup`.
+    global_asm!(
+        ".hidden pinfold_copy_nofault",
+        ".hidden pinfold_copy_nofault_insn",
+        ".hidden pinfold_copy_nofault_fixup",
+        ".global pinfold_copy_nofault",
+        ".global pinfold_copy_nofault_insn",
+        ".global pinfold_copy_nofault_fixup",
+        ".p2align 5",
+        "pinfold_copy_nofault:",
+        "mov rcx, rdx",
+        "xor edx, edx",
+        "pinfold_copy_nofault_insn:",
+        "rep movsb",
+        "pinfold_copy_nofault_fixup:",
+        "mov rax, rcx",
+        "ret",
+    );
+
+    /// Looks whether the interrupted instruction is the copy; if so makes it return with `addr`.
+    pub(super) fn divert(context: &mut libc::ucontext_t, addr: usize) -> bool {
+        let registers = &mut context.uc_mcontext.gregs;
+        if registers[libc::REG_RIP as usize] != super::insn() as i64 {
+            return false;
+        }
+        registers[libc::REG_RDX as usize] = addr as i64;
+        registers[libc::REG_RIP as usize] = super::fixup() as i64;
+        true
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod arch {
+    use std::arch::global_asm;
+
+    // x0 = to, x1 = from, x2 = n. Returns x0 = bytes not moved, x1 = fault address (0: none).
+    // Sixteen bytes a round while both sides allow, then byte by byte: a fault in the wide loop retries from the
+    // first byte of its round in the byte loop, which makes the remainder byte exact.
+    global_asm!(
+        ".hidden pinfold_copy_nofault",
+        ".hidden pinfold_copy_nofault_insn",
+        ".hidden pinfold_copy_nofault_fixup",
+        ".global pinfold_copy_nofault",
+        ".global pinfold_copy_nofault_insn",
+        ".global pinfold_copy_nofault_fixup",
+        ".p2align 4",
+        "pinfold_copy_nofault:",
+        "mov x9, x1",
+        "mov x1, xzr",
+        "pinfold_copy_nofault_wide:",
+        "cmp x2, #16",
+        "b.lo pinfold_copy_nofault_bytes",
+        "ldp x10, x11, [x9]",
+        "stp x10, x11, [x0]",
+        "add x9, x9, #16",
+        "add x0, x0, #16",
+        "sub x2, x2, #16",
+        "b pinfold_copy_nofault_wide",
+        "pinfold_copy_nofault_bytes:",
+        "cbz x2, pinfold_copy_nofault_fixup",
+        "pinfold_copy_nofault_insn:",
+        "ldrb w10, [x9]",
+        "strb w10, [x0]",
+        "add x9, x9, #1",
+        "add x0, x0, #1",
+        "sub x2, x2, #1",
+        "cbnz x2, pinfold_copy_nofault_insn",
+        "pinfold_copy_nofault_fixup:",
+        "mov x0, x2",
+        "ret",
+    );
+
+    unsafe extern "C" {
+        fn pinfold_copy_nofault_wide();
+    }
+
+    /// Looks whether the interrupted instruction is the copy; if so makes it go on bytewise or return with `addr`.
+    pub(super) fn divert(context: &mut libc::ucontext_t, addr: usize) -> bool {
+        let pc = context.uc_mcontext.pc as usize;
+        let wide = pinfold_copy_nofault_wide as *const () as usize;
+        if (super::insn()..super::fixup()).contains(&pc) {
+            context.uc_mcontext.regs[1] = addr as u64;
+            context.uc_mcontext.pc = super::fixup() as u64;
+            true
+        } else if (wide..super::insn()).contains(&pc) {
+            context.uc_mcontext.pc = super::insn() as u64;
+            true
+        } else {
+            false
+        }
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+compile_error!(
+    "pinfold copies user memory with a few instructions per architecture: x86-64 or aarch64"
+);
+
+/// What the assembly returns, in two registers.
+#[repr(C)]
+struct Remainder {
+    left: usize,
+    fault: usize,
+}
+
+unsafe extern "C" {
+    fn pinfold_copy_nofault(to: *mut u8, from: *const u8, n: usize) -> Remainder;
+    fn pinfold_copy_nofault_insn();
+    fn pinfold_copy_nofault_fixup();
+}
+
+fn insn() -> usize {
+    pinfold_copy_nofault_insn as *const () as usize
+}
+
+fn fixup() -> usize {
+    pinfold_copy_nofault_fixup as *const () as usize
+}
+
+/// Moves `n` bytes from `from` to `to`, lowest first, and stops at the first byte that cannot be moved.
+///
+/// `n == 0` is complete even for a wild pointer. May be called with any lock held and from a signal handler.
+///
+/// # Safety
+/// Whatever is mapped at `to .. to + n` may be overwritten, and whatever is mapped at `from .. from + n` may be
+/// read: no Rust reference that such a write would break exists. The addresses need not be mapped.
+#[inline]
+pub unsafe fn copy_nofault(to: *mut u8, from: *const u8, n: usize) -> Progress<CopyStop> {
+    if !INSTALLED.load(Ordering::Relaxed) {
+        install();
+    }
+    // SAFETY: the routine touches `to` and `from` only, which the caller allows; faults are diverted by the handler.
+    let remainder = unsafe { pinfold_copy_nofault(to, from, n) };
+    if remainder.left == 0 {
+        return Progress::complete(n as u64);
+    }
+    stopped(to, from, n, &remainder)
+}
+
+#[cold]
+fn stopped(to: *mut u8, from: *const u8, n: usize, remainder: &Remainder) -> Progress<CopyStop> {
+    let done = n - remainder.left;
+    let (load, store) = (from.addr() + done, to.addr() + done);
+    let stop = if remainder.fault == store {
+        CopyStop::NeedFault {
+            addr: store,
+            access: Access::Write,
+        }
+    } else if remainder.fault == load {
+        CopyStop::NeedFault {
+            addr: load,
+            access: Access::Read,
+        }
+    } else if is_canonical(load) && is_canonical(store) {
+        // The kernel reports some faults by page; the load comes first.
+        let same_page = remainder.fault / 4096 == store / 4096;
+        CopyStop::NeedFault {
+            addr: if same_page { store } else { load },
+            access: if same_page {
+                Access::Write
+            } else {
+                Access::Read
+            },
+        }
+    } else {
+        CopyStop::Fatal {
+            addr: if is_canonical(load) { store } else { load },
+        }
+    };
+    Progress::stopped(done as u64, stop)
+}
+
+fn is_canonical(addr: usize) -> bool {
+    // User addresses end below 2^56 with five-level tables; everything above faults without an address.
+    addr < 1 << 56
+}
+
+static INSTALLED: AtomicBool = AtomicBool::new(false);
+/// The actions that were in force before ours: [0] SIGSEGV, [1] SIGBUS. Leaked; written once before the handler
+/// that reads them is installed.
+static PREVIOUS: [AtomicPtr<libc::sigaction>; 2] = [
+    AtomicPtr::new(std::ptr::null_mut()),
+    AtomicPtr::new(std::ptr::null_mut()),
+];
+const SIGNALS: [libc::c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
+
+/// Installs the fault handler, or puts it on top again after somebody installed another.
+///
+/// Runs by itself before the first copy. Earlier handlers are chained to for every fault that is not a copy's.
+pub fn install() {
+    static TURN: install_turn::SpinLock = install_turn::SpinLock::new();
+    TURN.exclusively(|| {
+        for (signal, previous) in SIGNALS.iter().zip(&PREVIOUS) {
+            install_one(*signal, previous);
+        }
+        INSTALLED.store(true, Ordering::Release);
+    });
+}
+
+fn install_one(signal: libc::c_int, previous: &AtomicPtr<libc::sigaction>) {
+    // SAFETY: all-zero bytes are a valid sigaction (SIG_DFL, empty mask).
+    let mut old: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: a null new action only queries; `old` is a live sigaction.
+    let queried = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut old) };
+    let ours = on_fault as *const () as usize;
+    if queried != 0 || old.sa_sigaction == ours {
+        return;
+    }
+    // Leaked on purpose: a handler on another thread may be reading it at any time.
+    previous.store(Box::into_raw(Box::new(old)), Ordering::Release);
+    // SAFETY: as above.
+    let mut new: libc::sigaction = unsafe { std::mem::zeroed() };
+    new.sa_sigaction = ours;
+    // NODEFER: a chained handler may itself copy and fault. ONSTACK: stack overflows must still be reported.
+    new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+    // SAFETY: `new` is complete, its handler is async-signal-safe (`on_fault`).
+    unsafe { libc::sigaction(signal, &raw const new, std::ptr::null_mut()) };
+}
+
+/// A lock for `install` alone: usable before anything else is set up, and never held across a fault.
+mod install_turn {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    pub(super) struct SpinLock(AtomicBool);
+
+    impl SpinLock {
+        pub(super) const fn new() -> Self {
+            Self(AtomicBool::new(false))
+        }
+
+        pub(super) fn exclusively(&self, work: impl FnOnce()) {
+            while self.0.swap(true, Ordering::Acquire) {
+                std::thread::yield_now();
+            }
+            work();
+            self.0.store(false, Ordering::Release);
+        }
+    }
+}
+
+/// SIGSEGV and SIGBUS: diverts a faulting copy, hands everything else to whoever was there before.
+extern "C" fn on_fault(
+    signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    context: *mut libc::c_void,
+) {
+    // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
+    let told = unsafe { &*info };
+    // SAFETY: SIGSEGV and SIGBUS carry an address.
+    let addr = unsafe { told.si_addr() } as usize;
+    // SAFETY: the kernel passes the interrupted context, ours until we return.
+    let interrupted = unsafe { &mut *context.cast::<libc::ucontext_t>() };
+    if arch::divert(interrupted, addr) {
+        return;
+    }
+    chain(signal, info, context);
+}
+
+fn chain(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    let previous = PREVIOUS[usize::from(signal == libc::SIGBUS)].load(Ordering::Acquire);
+    // SAFETY: either null or a leaked Box that is never freed or changed (`install_one`).
+    let action = unsafe { previous.as_ref() };
+    let handler = action.map_or(libc::SIG_DFL, |action| action.sa_sigaction);
+    match handler {
+        libc::SIG_DFL => {
+            // SAFETY: all-zero is SIG_DFL with an empty mask.
+            let default: libc::sigaction = unsafe { std::mem::zeroed() };
+            // SAFETY: restores the default; returning repeats the instruction, which then ends the process with
+            // the right signal and core.
+            unsafe { libc::sigaction(signal, &raw const default, std::ptr::null_mut()) };
+        }
+        // The kernel does not ignore a synchronous fault either: it would repeat for ever.
+        libc::SIG_IGN => std::process::abort(),
+        handler if action.is_some_and(|action| action.sa_flags & libc::SA_SIGINFO != 0) => {
+            type SigInfoHandler =
+                extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
+            // SAFETY: SA_SIGINFO says that the address is a function of this type.
+            let handler = unsafe { std::mem::transmute::<usize, SigInfoHandler>(handler) };
+            handler(signal, info, context);
+        }
+        handler => {
+            // SAFETY: without SA_SIGINFO the address is a function of this type.
+            let handler =
+                unsafe { std::mem::transmute::<usize, extern "C" fn(libc::c_int)>(handler) };
+            handler(signal);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::region_for_tests::Half;
+
+    #[test]
+    fn the_remainder_is_byte_exact_at_every_offset() {
+        let half = Half::new();
+        let mut sink = vec![0u8; 8192];
+        for good in [0usize, 1, 15, 16, 40, 63, 64, 100, 4095, 4096] {
+            let addr = half.as_ptr().wrapping_add(4096 - good);
+            // SAFETY: reads test memory, writes our own vector.
+            let read = unsafe { copy_nofault(sink.as_mut_ptr(), addr, 5000) };
+            assert_eq!(read.done, good as u64);
+            let bad = half.addr() + 4096;
+            assert_eq!(
+                read.stop,
+                Some(CopyStop::NeedFault {
+                    addr: bad,
+                    access: Access::Read
+                })
+            );
+            // SAFETY: writes test memory, reads our own vector.
+            let write = unsafe { copy_nofault(addr, sink.as_ptr(), 5000) };
+            assert_eq!(write.done, good as u64);
+            assert_eq!(
+                write.stop,
+                Some(CopyStop::NeedFault {
+                    addr: bad,
+                    access: Access::Write
+                })
+            );
+        }
+    }
+
+    #[test]
+    fn nothing_to_copy_is_complete_even_from_a_wild_pointer() {
+        let wild = std::ptr::without_provenance_mut::<u8>(usize::MAX - 5);
+        // SAFETY: zero bytes.
+        let outcome = unsafe { copy_nofault(wild, wild, 0) };
+        assert_eq!(outcome, Progress::complete(0));
+    }
+
+    #[test]
+    fn an_address_that_is_none_is_fatal() {
+        let mut sink = [0u8; 8];
+        let wild = std::ptr::without_provenance::<u8>(0x8000_0000_0000_0000);
+        // SAFETY: never mapped; the sink is ours.
+        let outcome = unsafe { copy_nofault(sink.as_mut_ptr(), wild, 8) };
+        assert_eq!(
+            outcome,
+            Progress::stopped(0, CopyStop::Fatal { addr: wild.addr() })
+        );
+    }
+
+    #[test]
+    fn a_fault_of_somebody_else_reaches_the_handler_that_was_there_first() {
+        // The handler must be process-wide, so this runs in a child that installs its own first.
+        // SAFETY: the child calls async-signal-safe functions only.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            extern "C" fn mine(_: libc::c_int) {
+                // SAFETY: ends the child without unwinding.
+                unsafe { libc::_exit(7) };
+            }
+            // SAFETY: installs a handler of the right type.
+            unsafe { libc::signal(libc::SIGSEGV, mine as *const () as usize) };
+            install();
+            let half = Half::new();
+            let mut sink = [0u8; 8];
+            // SAFETY: diverted, as above.
+            let _ = unsafe { copy_nofault(sink.as_mut_ptr(), half.as_ptr().wrapping_add(4096), 8) };
+            // SAFETY: faults on purpose: the page is inaccessible.
+            unsafe { half.as_ptr().wrapping_add(4096).read_volatile() };
+            // SAFETY: as above.
+            unsafe { libc::_exit(1) };
+        }
+        let mut status = 0;
+        // SAFETY: waits for our child.
+        unsafe { libc::waitpid(child, &raw mut status, 0) };
+        assert!(libc::WIFEXITED(status), "status {status:#x}");
+        assert_eq!(libc::WEXITSTATUS(status), 7);
+    }
+}
