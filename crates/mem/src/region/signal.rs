@@ -1,0 +1,177 @@
+//! Signals as scenarios need them: counted, aimed at one thread, or copying memory while they interrupt.
+//!
+//! *Owns*: the handlers it installs, until the guard is dropped.
+//!
+//! *Does not own*: SIGSEGV and SIGBUS, which are [`crate::copy`]'s.
+//!
+//! *Locking*: none; handlers touch atomics and run [`copy_nofault`], nothing else.
+
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+
+use pinfold_base::Errno;
+
+use super::{Protection, Region};
+use crate::copy::copy_nofault;
+
+/// Signal numbers run from 1 to 64.
+const SIGNALS: usize = 65;
+
+static RECEIVED: [AtomicU64; SIGNALS] = [const { AtomicU64::new(0) }; SIGNALS];
+/// Copies in handlers whose outcome was not what it must be.
+static WRONG_COPIES: AtomicU64 = AtomicU64::new(0);
+/// A page that can be copied, with one behind it that cannot; leaked, so that a late handler finds it.
+static GOOD_THEN_BAD: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
+
+/// A handler in force; dropping it puts back what was there before.
+pub struct Handler {
+    signal: libc::c_int,
+    before: libc::sigaction,
+    count_before: u64,
+}
+
+impl std::fmt::Debug for Handler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Handler({}: {} received)", self.signal, self.received())
+    }
+}
+
+impl Handler {
+    /// Counts a signal instead of letting it do what it does.
+    ///
+    /// # Errors
+    /// `EINVAL` for a number that is no signal or one that cannot be caught.
+    pub fn counting(signal: i32) -> Result<Self, Errno> {
+        Self::install(signal, count)
+    }
+
+    /// Counts a signal, and in its handler makes two copies without faults: one that must come through whole and one
+    /// that must stop at its first byte (SEMANTICS.md A-5).
+    ///
+    /// # Errors
+    /// As [`Handler::counting`]; `ENOMEM`.
+    pub fn copying(signal: i32) -> Result<Self, Errno> {
+        if GOOD_THEN_BAD.load(Ordering::Acquire).is_null() {
+            let region = Region::pages(2)?;
+            region.fill(0..Region::PAGE, PATTERN)?;
+            region.protect(Region::PAGE..2 * Region::PAGE, Protection::None)?;
+            let region = Box::leak(Box::new(region));
+            GOOD_THEN_BAD.store(region.addr.as_ptr(), Ordering::Release);
+        }
+        Self::install(signal, count_and_copy)
+    }
+
+    /// Returns how often the signal came since the handler was installed.
+    #[must_use]
+    pub fn received(&self) -> u64 {
+        received(self.signal).load(Ordering::SeqCst) - self.count_before
+    }
+
+    fn install(signal: i32, handler: extern "C" fn(libc::c_int)) -> Result<Self, Errno> {
+        if matches!(signal, libc::SIGSEGV | libc::SIGBUS) {
+            return Err(Errno::EINVAL);
+        }
+        let count_before = received(signal).load(Ordering::SeqCst);
+        // SAFETY: all-zero bytes are a valid sigaction (SIG_DFL, empty mask).
+        let mut new: libc::sigaction = unsafe { std::mem::zeroed() };
+        new.sa_sigaction = handler as *const () as usize;
+        new.sa_flags = libc::SA_RESTART | libc::SA_ONSTACK;
+        // SAFETY: as above.
+        let mut before: libc::sigaction = unsafe { std::mem::zeroed() };
+        // SAFETY: `new` is complete and its handler async-signal-safe: atomics and copies only.
+        let done = unsafe { libc::sigaction(signal, &raw const new, &raw mut before) };
+        if done != 0 {
+            return Err(std::io::Error::last_os_error().into());
+        }
+        Ok(Self {
+            signal,
+            before,
+            count_before,
+        })
+    }
+}
+
+impl Drop for Handler {
+    fn drop(&mut self) {
+        // SAFETY: `before` is what sigaction(2) gave us for this very signal.
+        unsafe { libc::sigaction(self.signal, &raw const self.before, std::ptr::null_mut()) };
+    }
+}
+
+/// Returns how many copies inside handlers came out wrong, in this process so far.
+#[must_use]
+pub fn wrong_copies() -> u64 {
+    WRONG_COPIES.load(Ordering::SeqCst)
+}
+
+/// Sends a signal to one thread of this process, as gettid(2) numbers it.
+///
+/// # Errors
+/// `ESRCH` when the thread has ended.
+pub fn send_to_thread(thread: i32, signal: i32) -> Result<(), Errno> {
+    let process = rustix::process::getpid().as_raw_nonzero().get();
+    // SAFETY: no memory is involved; the target is a thread of this process.
+    let sent = unsafe { libc::syscall(libc::SYS_tgkill, process, thread, signal) };
+    if sent == 0 {
+        Ok(())
+    } else {
+        Err(std::io::Error::last_os_error().into())
+    }
+}
+
+const PATTERN: u8 = 0x5a;
+
+fn received(signal: libc::c_int) -> &'static AtomicU64 {
+    let at = usize::try_from(signal).unwrap_or(0);
+    RECEIVED.get(at).unwrap_or(&RECEIVED[0])
+}
+
+extern "C" fn count(signal: libc::c_int) {
+    received(signal).fetch_add(1, Ordering::SeqCst);
+}
+
+extern "C" fn count_and_copy(signal: libc::c_int) {
+    count(signal);
+    let good = GOOD_THEN_BAD.load(Ordering::Acquire);
+    let mut sink = [0u8; 256];
+    // SAFETY: the first page of a leaked region is readable and nobody's reference; `sink` is ours.
+    let whole = unsafe { copy_nofault(sink.as_mut_ptr(), good, sink.len()) };
+    if whole.stop.is_some() || sink != [PATTERN; 256] {
+        WRONG_COPIES.fetch_add(1, Ordering::SeqCst);
+    }
+    let bad = good.wrapping_add(Region::PAGE);
+    // SAFETY: the second page of that region may be read as far as Rust is concerned; the copy reports the fault.
+    let none = unsafe { copy_nofault(sink.as_mut_ptr(), bad, sink.len()) };
+    if none.done != 0 || none.stop.is_none() {
+        WRONG_COPIES.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_signal_to_a_thread_is_counted_and_its_copies_come_out_right() {
+        let handler = Handler::copying(libc::SIGUSR2).unwrap();
+        // SAFETY: no memory is involved.
+        let me = unsafe { libc::gettid() };
+        for _ in 0..10 {
+            send_to_thread(me, libc::SIGUSR2).unwrap();
+        }
+        assert_eq!(handler.received(), 10);
+        assert_eq!(wrong_copies(), 0);
+    }
+
+    #[test]
+    fn numbers_that_cannot_be_caught_are_refused() {
+        assert_eq!(
+            Handler::counting(libc::SIGKILL).map(drop),
+            Err(Errno::EINVAL)
+        );
+        assert_eq!(
+            Handler::counting(libc::SIGBUS).map(drop),
+            Err(Errno::EINVAL)
+        );
+        assert_eq!(Handler::counting(1000).map(drop), Err(Errno::EINVAL));
+    }
+}
