@@ -1,0 +1,606 @@
+//! One file of a kernel filesystem as an [`Object`].
+//!
+//! *Owns*: the file's descriptors, the choice between direct and buffered transfers, alignments.
+//!
+//! *Does not own*: names, attributes other than the size and the modification time, rings.
+//!
+//! *Locking*: a leaf (class 6) around the descriptors; no transfer is made under it.
+//!
+//! A file has up to two descriptors for each right: a *direct* one for whole blocks, and a *plain* one for what is not a
+//! whole block. Bytes travel by this table; `tail` is the last page when the size is not a multiple of the block:
+//!
+//! | range | read | write |
+//! |---|---|---|
+//! | whole blocks, memory aligned | direct | direct |
+//! | unaligned head or tail of a range, to the page border | plain | plain |
+//! | the file's tail | plain | plain, by the row above |
+//! | little besides the file's tail ([`PLAIN_WHOLE_MAX`]) | plain, all of it | |
+//! | memory not aligned, or direct transfers refused | plain | plain |
+//!
+//! A tail is written through the kernel's cache and made durable by [`DirObject::sync`], so the file is never longer than
+//! its last byte, not even between two system calls. Its page stays in the kernel's cache: reading it back
+//! through the plain descriptor costs no device read, where a direct read would first have to flush it. The
+//! plain descriptor is set to random access, so that the kernel never reads neighbours ahead into a cache that nobody uses.
+//!
+//! The border between the two ways is a page border whenever both are used for one range: a direct write of blocks in a
+//! page that a plain write dirties at the same moment could not invalidate that page.
+
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::RwLock;
+use pinfold_base::{Errno, PAGE_SIZE, Progress};
+use pinfold_mem::Segments;
+use pinfold_mem::uring::{Engine, Op, Request};
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom, Statx, Timespec, Timestamps};
+
+use crate::object::{
+    Completion, Geometry, Object, Operation, Seek, StoreError, StoreResult, SyncScope, Transfer,
+    wait_for,
+};
+
+mod files;
+mod split;
+
+use files::{Files, Pair};
+use split::{Parts, Split, Way};
+
+/// A read of the file's tail takes up to this many bytes before it along through the plain descriptor: one system call
+/// instead of two transfers. More would let the kernel cache what is cached here.
+pub const PLAIN_WHOLE_MAX: u64 = 16 << 10;
+/// A waited-for read of registered memory at least this long goes through the ring: fixed buffers save 50 us of CPU a
+/// MiB, the hand-over to the ring's thread costs 10.
+const RING_WAIT_MIN: usize = 512 << 10;
+/// The size above which a larger transfer is no faster on the devices measured.
+const TRANSFER_BEST: u32 = 1 << 20;
+/// Tries of a system call that answers `EINTR`.
+const INTERRUPTIONS_MAX: u32 = 100;
+
+/// A file that can be opened again by what it is, not by where it was: its name may be gone.
+pub trait Reopen: Send + Sync + std::fmt::Debug {
+    /// Opens the file with `flags` (an access mode, perhaps `O_DIRECT`), with the calling thread's rights.
+    ///
+    /// # Errors
+    /// What open(2) says.
+    fn reopen(&self, flags: OFlags) -> Result<OwnedFd, Errno>;
+}
+
+/// One file of a kernel filesystem. Bytes can be moved once [`grant`](Self::grant) or [`adopt`](Self::adopt)
+/// has brought a descriptor.
+#[derive(Debug)]
+pub struct DirObject {
+    core: Arc<Core>,
+    engine: Arc<Engine>,
+}
+
+/// What completions share with the object.
+#[derive(Debug)]
+struct Core {
+    origin: Arc<dyn Reopen>,
+    files: RwLock<Files>,
+    /// A direct transfer was refused although it was aligned as asked: none is tried again.
+    refused: AtomicBool,
+    /// The size as last seen. A hint that tells where the tail is; a wrong one costs time only.
+    len_seen: AtomicU64,
+}
+
+impl DirObject {
+    /// Makes an object without descriptors.
+    #[must_use]
+    pub fn new(origin: Arc<dyn Reopen>, engine: Arc<Engine>) -> Self {
+        Self {
+            core: Arc::new(Core {
+                origin,
+                files: RwLock::new(Files::default()),
+                refused: AtomicBool::new(false),
+                len_seen: AtomicU64::new(0),
+            }),
+            engine,
+        }
+    }
+
+    /// Obtains descriptors for an opener, with the rights of the calling thread, and counts the opener.
+    ///
+    /// The rights are checked for every opener, also where earlier ones have brought the descriptors already. What is there
+    /// is kept: an opener for reading after one for writing leaves a file that can be read and written.
+    ///
+    /// # Errors
+    /// What open(2) says: `EACCES`, `EROFS`, `ETXTBSY`, and `EMFILE` or `ENFILE` when descriptors run out. The
+    /// opener is not counted then, and nothing changes.
+    pub fn grant(&self, read: bool, write: bool) -> Result<(), Errno> {
+        let Some(mode) = files::access_mode(read, write) else {
+            self.core.files.write().openers += 1;
+            return Ok(());
+        };
+        // Opened outside the lock: it may take long, and nobody's transfer should wait for it.
+        let plain = self.core.origin.reopen(mode)?;
+        let wanted = self.core.files.read().want(read, write);
+        let pair = if wanted {
+            let pair = Pair::new(plain, |flags| self.core.origin.reopen(mode | flags))?;
+            self.note_len(&pair);
+            Some(pair)
+        } else {
+            None
+        };
+        let mut files = self.core.files.write();
+        if let Some(pair) = pair {
+            files.add(pair, read, write);
+        }
+        files.openers += 1;
+        Ok(())
+    }
+
+    /// Takes over a descriptor that somebody has, such as the one that created the file, and counts its opener.
+    ///
+    /// # Errors
+    /// `EMFILE` or `ENFILE` when no descriptor is left for direct transfers.
+    pub fn adopt(&self, plain: OwnedFd, read: bool, write: bool) -> Result<(), Errno> {
+        if let Some(mode) = files::access_mode(read, write) {
+            files::clear_status(&plain)?;
+            // A mode such as 0200 lets the creator read through what creation gave him, but not open again; then
+            // transfers are buffered.
+            let pair = Pair::new(plain, |flags| self.core.origin.reopen(mode | flags))?;
+            self.note_len(&pair);
+            self.core.files.write().add(pair, read, write);
+        }
+        self.core.files.write().openers += 1;
+        Ok(())
+    }
+
+    /// Counts an opener out. The descriptors stay for later openers and for write-back, until
+    /// [`close_idle`](Self::close_idle).
+    pub fn revoke(&self) {
+        let mut files = self.core.files.write();
+        debug_assert!(files.openers > 0, "an opener that was never counted");
+        files.openers = files.openers.saturating_sub(1);
+    }
+
+    /// Closes the descriptors if no opener is left; tells whether none is held now. Transfers in flight keep
+    /// theirs until they end; new ones get `EBADF`.
+    pub fn close_idle(&self) -> bool {
+        let mut files = self.core.files.write();
+        if files.openers > 0 {
+            return false;
+        }
+        let closed = std::mem::take(&mut *files);
+        drop(files);
+        drop(closed);
+        true
+    }
+
+    /// Returns how many descriptors are held.
+    #[must_use]
+    pub fn descriptors(&self) -> usize {
+        self.core.files.read().descriptors()
+    }
+
+    /// Returns the attributes of the stored file; its size and times are not those of a file that has dirty pages.
+    ///
+    /// # Errors
+    /// What statx(2) says.
+    pub fn stat(&self) -> StoreResult<Statx> {
+        let file = self.any_file(Operation::Attributes)?;
+        files::stat(&file).map_err(|errno| error(Operation::Attributes, 0, 0, errno))
+    }
+
+    /// Sets the modification time and leaves the access time alone.
+    ///
+    /// # Errors
+    /// What futimens(2) says.
+    pub fn set_times(&self, modified: Timespec) -> StoreResult<()> {
+        let file = self.any_file(Operation::Attributes)?;
+        let times = Timestamps {
+            last_access: Timespec {
+                tv_sec: 0,
+                tv_nsec: libc::UTIME_OMIT,
+            },
+            last_modification: modified,
+        };
+        retry(|| rustix::fs::futimens(&file, &times))
+            .map_err(|errno| error(Operation::Attributes, 0, 0, errno))
+    }
+
+    /// Makes `range` read as zeros, keeping its space; `keep_size` leaves a size that ends before it alone.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where the filesystem cannot.
+    pub fn zero_range(&self, range: Range<u64>, keep_size: bool) -> StoreResult<()> {
+        let mode = FallocateFlags::ZERO_RANGE | keep(keep_size);
+        self.fallocate(Operation::Punch, mode, range)
+    }
+
+    /// Removes `range` from the file: what follows moves down and the size shrinks.
+    ///
+    /// # Errors
+    /// `EINVAL` when the range is not made of whole filesystem blocks or reaches the end; `EOPNOTSUPP` where
+    /// the filesystem cannot.
+    pub fn collapse_range(&self, range: Range<u64>) -> StoreResult<()> {
+        self.fallocate(Operation::Punch, FallocateFlags::COLLAPSE_RANGE, range)
+    }
+
+    /// Inserts a hole at `range`: what was there moves up and the size grows.
+    ///
+    /// # Errors
+    /// As for [`collapse_range`](Self::collapse_range).
+    pub fn insert_range(&self, range: Range<u64>) -> StoreResult<()> {
+        self.fallocate(Operation::Punch, FallocateFlags::INSERT_RANGE, range)
+    }
+
+    /// Reserves `range` and lets the size grow to its end.
+    ///
+    /// # Errors
+    /// `ENOSPC`, `EDQUOT`, `EFBIG`; `EOPNOTSUPP` where the filesystem cannot.
+    pub fn allocate_and_grow(&self, range: Range<u64>) -> StoreResult<()> {
+        self.fallocate(Operation::Allocate, FallocateFlags::empty(), range)
+    }
+
+    fn fallocate(
+        &self,
+        operation: Operation,
+        mode: FallocateFlags,
+        range: Range<u64>,
+    ) -> StoreResult<()> {
+        let len = range.end.saturating_sub(range.start);
+        let failed = |errno| error(operation, range.start, len, errno);
+        let file = self.writer(operation)?;
+        retry(|| rustix::fs::fallocate(&file, mode, range.start, len)).map_err(failed)?;
+        if !mode.contains(FallocateFlags::KEEP_SIZE) {
+            self.refresh_len(&file).map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Returns the descriptor to change the file through; without one, opens it for this once.
+    fn writer(&self, operation: Operation) -> StoreResult<Arc<OwnedFd>> {
+        self.file(operation, OFlags::WRONLY, |files| files.writer.as_ref())
+    }
+
+    /// Returns any descriptor; without one, opens the file for this once.
+    fn any_file(&self, operation: Operation) -> StoreResult<Arc<OwnedFd>> {
+        self.file(operation, OFlags::RDONLY, Files::any)
+    }
+
+    fn file(
+        &self,
+        operation: Operation,
+        mode: OFlags,
+        choose: impl Fn(&Files) -> Option<&Pair>,
+    ) -> StoreResult<Arc<OwnedFd>> {
+        if let Some(pair) = choose(&self.core.files.read()) {
+            return Ok(Arc::clone(&pair.plain));
+        }
+        self.core
+            .origin
+            .reopen(mode | OFlags::CLOEXEC)
+            .map(Arc::new)
+            .map_err(|errno| error(operation, 0, 0, errno))
+    }
+
+    fn note_len(&self, pair: &Pair) {
+        self.core.len_seen.fetch_max(pair.len, Ordering::Relaxed);
+    }
+
+    fn refresh_len(&self, file: &OwnedFd) -> Result<u64, Errno> {
+        let len = retry(|| rustix::fs::fstat(file))?.st_size as u64;
+        self.core.len_seen.store(len, Ordering::Relaxed);
+        Ok(len)
+    }
+
+    fn start(&self, op: Op, batch: Vec<Transfer>) {
+        let pair = self.core.pair(op);
+        let mut requests = Vec::with_capacity(batch.len());
+        for transfer in batch {
+            let Some(pair) = &pair else {
+                let len = transfer.segments.bytes() as u64;
+                let refusal = error(operation(op), transfer.offset, len, Errno::EBADF);
+                (transfer.done)(Progress::stopped(0, refusal));
+                continue;
+            };
+            let split = self
+                .core
+                .split(op, pair, transfer.offset, &transfer.segments);
+            self.prepare(op, pair, split, transfer, &mut requests);
+        }
+        self.engine.submit(requests);
+    }
+
+    /// Turns a transfer into requests, one for each part of its range.
+    fn prepare(
+        &self,
+        op: Op,
+        pair: &Pair,
+        split: Split,
+        transfer: Transfer,
+        requests: &mut Vec<Request>,
+    ) {
+        let Transfer {
+            offset,
+            segments,
+            done,
+        } = transfer;
+        let done = finish(
+            Arc::clone(&self.core),
+            op,
+            offset,
+            segments.bytes() as u64,
+            done,
+        );
+        if let [only] = split.parts() {
+            requests.push(self.request(op, pair, only.way, offset, segments, done));
+            return;
+        }
+        let parts = Parts::new(split.parts(), done);
+        for (number, part) in split.parts().iter().enumerate() {
+            let (from, len) = (
+                (part.start - offset) as usize,
+                (part.end - part.start) as usize,
+            );
+            let part_segments = segments.slice(from, len);
+            let parts = Arc::clone(&parts);
+            let done = Box::new(move |progress| parts.settle(number, progress));
+            requests.push(self.request(op, pair, part.way, part.start, part_segments, done));
+        }
+    }
+
+    fn request(
+        &self,
+        op: Op,
+        pair: &Pair,
+        way: Way,
+        offset: u64,
+        segments: Segments,
+        done: pinfold_mem::uring::Done,
+    ) -> Request {
+        let plain = |segments, done| Request {
+            op,
+            file: Arc::clone(&pair.plain),
+            offset,
+            segments,
+            block: 1,
+            done,
+        };
+        let (Way::Direct, Some(direct)) = (way, &pair.direct) else {
+            return plain(segments, done);
+        };
+        // Refused at the first transfer, as some filesystems do: go on by the plain way, here and from now on.
+        let (core, engine) = (Arc::clone(&self.core), Arc::downgrade(&self.engine));
+        let again = plain(segments.clone(), done);
+        Request {
+            op,
+            file: Arc::clone(direct),
+            offset,
+            segments,
+            block: pair.block,
+            done: Box::new(move |progress: Progress<Errno>| {
+                match engine.upgrade() {
+                    Some(engine) if split::refuses_direct(progress) => {
+                        core.refused.store(true, Ordering::Relaxed);
+                        engine.submit([again]);
+                    }
+                    _ => {
+                        let Request {
+                            file,
+                            segments,
+                            done,
+                            ..
+                        } = again;
+                        // As the engine does: released before the completion may count on it.
+                        drop((file, segments));
+                        done(progress);
+                    }
+                }
+            }),
+        }
+    }
+}
+
+impl Core {
+    fn pair(&self, op: Op) -> Option<Pair> {
+        let files = self.files.read();
+        match op {
+            Op::Read => files.reader.clone(),
+            Op::Write => files.writer.clone(),
+        }
+    }
+
+    fn split(&self, op: Op, pair: &Pair, offset: u64, segments: &Segments) -> Split {
+        let direct = pair.direct.is_some() && !self.refused.load(Ordering::Relaxed);
+        let len_seen = match op {
+            Op::Read => Some(self.len_seen.load(Ordering::Relaxed)),
+            Op::Write => None,
+        };
+        Split::of(
+            offset,
+            segments,
+            direct.then_some(pair.alignment()),
+            len_seen,
+        )
+    }
+}
+
+/// Wraps a store completion for an engine: names the operation and the range, and notes the size a write reached.
+fn finish(
+    core: Arc<Core>,
+    op: Op,
+    offset: u64,
+    len: u64,
+    done: Completion,
+) -> pinfold_mem::uring::Done {
+    Box::new(move |progress| {
+        if op == Op::Write && progress.done > 0 {
+            core.len_seen
+                .fetch_max(offset + progress.done, Ordering::Relaxed);
+        }
+        drop(core);
+        done(progress.map_stop(|errno| error(operation(op), offset, len, errno)));
+    })
+}
+
+impl Object for DirObject {
+    fn geometry(&self) -> Geometry {
+        let files = self.core.files.read();
+        let direct = files
+            .any()
+            .filter(|pair| pair.direct.is_some() && !self.core.refused.load(Ordering::Relaxed));
+        Geometry {
+            block: direct.map_or(1, |pair| pair.block),
+            memory: direct.map_or(1, |pair| pair.memory),
+            transfer_best: TRANSFER_BEST,
+            direct: direct.is_some(),
+        }
+    }
+
+    fn readable(&self) -> bool {
+        self.core.files.read().reader.is_some()
+    }
+
+    fn read(&self, batch: Vec<Transfer>) {
+        self.start(Op::Read, batch);
+    }
+
+    fn write(&self, batch: Vec<Transfer>) {
+        self.start(Op::Write, batch);
+    }
+
+    fn read_wait(&self, offset: u64, segments: &Segments) -> Progress<StoreError> {
+        if segments.bytes() >= RING_WAIT_MIN && self.engine.fixed_chunks() > 0 {
+            return wait_for(|done| {
+                self.read(vec![Transfer {
+                    offset,
+                    segments: segments.clone(),
+                    done,
+                }]);
+            });
+        }
+        let len = segments.bytes() as u64;
+        let named = |errno| error(Operation::Read, offset, len, errno);
+        let Some(pair) = self.core.pair(Op::Read) else {
+            return Progress::stopped(0, named(Errno::EBADF));
+        };
+        let split = self.core.split(Op::Read, &pair, offset, segments);
+        let mut done = 0;
+        for part in split.parts() {
+            let (from, want) = ((part.start - offset) as usize, part.end - part.start);
+            let part_segments;
+            let memory = if want == len {
+                segments
+            } else {
+                part_segments = segments.slice(from, want as usize);
+                &part_segments
+            };
+            let plain = || Engine::read_wait(&pair.plain, part.start, memory, 1);
+            let progress = match (part.way, &pair.direct) {
+                (Way::Direct, Some(direct)) => {
+                    let progress = Engine::read_wait(direct, part.start, memory, pair.block);
+                    if split::refuses_direct(progress) {
+                        self.core.refused.store(true, Ordering::Relaxed);
+                        plain()
+                    } else {
+                        progress
+                    }
+                }
+                _ => plain(),
+            };
+            done += progress.done;
+            if let Some(stop) = progress.stop {
+                return Progress::stopped(done, named(stop));
+            }
+            if progress.done < want {
+                break;
+            }
+        }
+        Progress::complete(done)
+    }
+
+    fn len(&self) -> StoreResult<u64> {
+        let file = self.any_file(Operation::Attributes)?;
+        self.refresh_len(&file)
+            .map_err(|errno| error(Operation::Attributes, 0, 0, errno))
+    }
+
+    fn set_len(&self, len: u64) -> StoreResult<()> {
+        let file = self.writer(Operation::SetLen)?;
+        retry(|| rustix::fs::ftruncate(&file, len))
+            .map_err(|errno| error(Operation::SetLen, len, 0, errno))?;
+        self.core.len_seen.store(len, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn allocate(&self, range: Range<u64>) -> StoreResult<()> {
+        self.fallocate(Operation::Allocate, FallocateFlags::KEEP_SIZE, range)
+    }
+
+    fn punch(&self, range: Range<u64>) -> StoreResult<()> {
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        self.fallocate(Operation::Punch, mode, range)
+    }
+
+    fn sync(&self, scope: SyncScope) -> StoreResult<()> {
+        // The writer's descriptor by preference: it is the one that has seen every write-back error of a tail.
+        let file = self.file(Operation::Sync, OFlags::RDONLY, |files| {
+            files.writer.as_ref().or_else(|| files.any())
+        })?;
+        let synced = match scope {
+            SyncScope::Data => retry(|| rustix::fs::fdatasync(&file)),
+            SyncScope::All => retry(|| rustix::fs::fsync(&file)),
+        };
+        synced.map_err(|errno| error(Operation::Sync, 0, 0, errno))
+    }
+
+    fn seek(&self, what: Seek, offset: u64) -> StoreResult<Option<u64>> {
+        let file = self.any_file(Operation::Seek)?;
+        let to = match what {
+            Seek::Data => SeekFrom::Data(offset),
+            Seek::Hole => SeekFrom::Hole(offset),
+        };
+        // Nothing uses the descriptor's position: every transfer names its offset.
+        match retry(|| rustix::fs::seek(&file, to)) {
+            Ok(found) => Ok(Some(found)),
+            Err(Errno::ENXIO) => Ok(None),
+            Err(errno) => Err(error(Operation::Seek, offset, 0, errno)),
+        }
+    }
+}
+
+fn keep(size: bool) -> FallocateFlags {
+    if size {
+        FallocateFlags::KEEP_SIZE
+    } else {
+        FallocateFlags::empty()
+    }
+}
+
+fn operation(op: Op) -> Operation {
+    match op {
+        Op::Read => Operation::Read,
+        Op::Write => Operation::Write,
+    }
+}
+
+fn error(operation: Operation, offset: u64, len: u64, errno: Errno) -> StoreError {
+    StoreError {
+        operation,
+        offset,
+        len,
+        errno,
+    }
+}
+
+/// Makes a system call again while a signal interrupts it, within a bound.
+fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> Result<T, Errno> {
+    let mut tries = 0;
+    loop {
+        match call() {
+            Err(rustix::io::Errno::INTR) if tries < INTERRUPTIONS_MAX => tries += 1,
+            result => return result.map_err(|e| Errno::from_raw(e.raw_os_error())),
+        }
+    }
+}
+
+/// The page as the border between direct and plain parts, in bytes.
+const PAGE: u64 = PAGE_SIZE;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,241 @@
+//! One file's bytes behind a seam that completes asynchronously.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use pinfold_base::sync::{Condvar, Mutex};
+use pinfold_base::{Errno, Progress};
+use pinfold_mem::Segments;
+
+/// What a store was doing when it failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    /// Reading a range.
+    Read,
+    /// Writing a range.
+    Write,
+    /// Changing the size.
+    SetLen,
+    /// Reserving space.
+    Allocate,
+    /// Punching or zeroing a range.
+    Punch,
+    /// Making bytes durable.
+    Sync,
+    /// Looking for data or a hole.
+    Seek,
+    /// Reading or changing attributes.
+    Attributes,
+}
+
+/// A store's refusal: the operation, the range it concerned, and the number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoreError {
+    /// What was tried.
+    pub operation: Operation,
+    /// First byte concerned.
+    pub offset: u64,
+    /// Bytes concerned; 0 when the operation has no range.
+    pub len: u64,
+    /// The error number.
+    pub errno: Errno,
+}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "store: {:?} of {} bytes at {}: {}",
+            self.operation, self.len, self.offset, self.errno
+        )
+    }
+}
+
+impl std::error::Error for StoreError {}
+
+/// Result of a store's blocking operation.
+pub type StoreResult<T> = Result<T, StoreError>;
+
+/// Called exactly once when a transfer ends, on the thread that learns of it (perhaps the submitting one, before
+/// `submit` returns). It takes no lock above class 6 and does not block.
+pub type Completion = Box<dyn FnOnce(Progress<StoreError>) + Send>;
+
+/// One range on its way: `segments.bytes()` bytes at `offset`.
+pub struct Transfer {
+    /// Position in the file, in bytes.
+    pub offset: u64,
+    /// Where the bytes come from (write) or go to (read), in file order.
+    pub segments: Segments,
+    /// Told the outcome.
+    pub done: Completion,
+}
+
+impl fmt::Debug for Transfer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Transfer({} + {})", self.offset, self.segments.bytes())
+    }
+}
+
+/// What a store likes: alignments and sizes, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Geometry {
+    /// Offsets and lengths that are multiples of this avoid the slow path for tails. A power of two, at most 4096.
+    pub block: u32,
+    /// Memory alignment that direct transfers need. A power of two, at most 4096.
+    pub memory: u32,
+    /// The size above which a larger transfer is no faster.
+    pub transfer_best: u32,
+    /// Whether transfers by-pass the kernel's page cache.
+    pub direct: bool,
+}
+
+/// How much a sync makes durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SyncScope {
+    /// Data and what is needed to read it back (fdatasync).
+    Data,
+    /// All of it, times included (fsync).
+    All,
+}
+
+/// What [`Object::seek`] looks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seek {
+    /// The next byte that is data (SEEK_DATA).
+    Data,
+    /// The next byte that is in a hole (SEEK_HOLE); the end of the file counts as one.
+    Hole,
+}
+
+/// How [`Object::rearrange`] changes a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rearrange {
+    /// The range reads as zeros and stays reserved; the size stays.
+    Zero,
+    /// The range is taken out and what follows moves down; the file gets shorter.
+    Collapse,
+    /// A hole of the range's length is put in and what follows moves up; the file gets longer.
+    Insert,
+}
+
+/// One file's bytes.
+///
+/// Reads and writes are given as ranges, many may be in flight, in any order and on any thread; overlapping
+/// writes in flight have no defined order. A read that meets the end of the file completes short
+/// (`Progress { done: less, stop: None }`). A write never makes the file longer than its last byte.
+/// Everything but `read`, `write` may block.
+#[expect(
+    clippy::len_without_is_empty,
+    reason = "the stored size may fail to be known; nobody asks whether it is zero"
+)]
+pub trait Object: Send + Sync + fmt::Debug {
+    /// Returns what this store likes.
+    fn geometry(&self) -> Geometry;
+
+    /// Tells whether reads are possible; a file opened for writing alone by a caller without read permission is
+    /// served without read-modify-write.
+    fn readable(&self) -> bool {
+        true
+    }
+
+    /// Starts reads. Does not wait for them.
+    fn read(&self, batch: Vec<Transfer>);
+
+    /// Starts writes. Does not wait for them.
+    fn write(&self, batch: Vec<Transfer>);
+
+    /// Reads one range and waits, in the calling thread if that is cheaper than a completion.
+    fn read_wait(&self, offset: u64, segments: &Segments) -> Progress<StoreError> {
+        wait_for(|done| {
+            self.read(vec![Transfer {
+                offset,
+                segments: segments.clone(),
+                done,
+            }]);
+        })
+    }
+
+    /// Writes one range and waits.
+    fn write_wait(&self, offset: u64, segments: &Segments) -> Progress<StoreError> {
+        wait_for(|done| {
+            self.write(vec![Transfer {
+                offset,
+                segments: segments.clone(),
+                done,
+            }]);
+        })
+    }
+
+    /// Returns the stored size in bytes.
+    ///
+    /// # Errors
+    /// Whatever the store says.
+    fn len(&self) -> StoreResult<u64>;
+
+    /// Sets the stored size; bytes it grows over read as zeros.
+    ///
+    /// # Errors
+    /// Whatever the store says.
+    fn set_len(&self, len: u64) -> StoreResult<()>;
+
+    /// Reserves space so that writing `range` cannot fail for want of it, without changing the size.
+    ///
+    /// # Errors
+    /// `ENOSPC`, `EDQUOT`; `EOPNOTSUPP` where the store cannot reserve.
+    fn allocate(&self, range: Range<u64>) -> StoreResult<()>;
+
+    /// Makes `range` read as zeros and gives its space back where the store can; the size stays.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where the store cannot.
+    fn punch(&self, range: Range<u64>) -> StoreResult<()>;
+
+    /// Changes a range in a way only some stores can.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where the store cannot, `EINVAL` for a range it cannot.
+    fn rearrange(&self, how: Rearrange, range: Range<u64>) -> StoreResult<()> {
+        let _ = how;
+        Err(StoreError {
+            operation: Operation::Punch,
+            offset: range.start,
+            len: range.end.saturating_sub(range.start),
+            errno: Errno::EOPNOTSUPP,
+        })
+    }
+
+    /// Returns how many bytes the store could still take, over all its files; `None` where it cannot tell.
+    fn space_left(&self) -> Option<u64> {
+        None
+    }
+
+    /// Makes everything that has completed durable.
+    ///
+    /// # Errors
+    /// Whatever the store says; then nothing is known about what is durable.
+    fn sync(&self, scope: SyncScope) -> StoreResult<()>;
+
+    /// Finds the next data or hole at or after `offset`; `None` past the end.
+    ///
+    /// # Errors
+    /// Whatever the store says.
+    fn seek(&self, what: Seek, offset: u64) -> StoreResult<Option<u64>>;
+}
+
+/// Runs `start` with a completion and waits until that is called.
+pub fn wait_for(start: impl FnOnce(Completion)) -> Progress<StoreError> {
+    let slot = Arc::new((Mutex::new(None), Condvar::new()));
+    let theirs = Arc::clone(&slot);
+    start(Box::new(move |outcome| {
+        *theirs.0.lock() = Some(outcome);
+        theirs.1.notify_all();
+    }));
+    let mut outcome = slot.0.lock();
+    loop {
+        if let Some(outcome) = outcome.take() {
+            return outcome;
+        }
+        outcome = slot.1.wait(outcome);
+    }
+}
