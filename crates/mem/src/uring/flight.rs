@@ -302,6 +302,38 @@ mod tests {
     }
 
     #[test]
+    fn what_lies_behind_a_stopped_or_short_piece_does_not_count() {
+        let buf = Arc::new(AlignedBuf::zeroed(3 * PAGE));
+        let file = Arc::new(std::os::fd::OwnedFd::from(tempfile::tempfile().unwrap()));
+        let outcome = |results: [i32; 3]| {
+            let mut flight = Flight {
+                request: Request {
+                    op: Op::Read,
+                    file: Arc::clone(&file),
+                    offset: 0,
+                    segments: Segments::of_buf(&buf, 3 * PAGE),
+                    block: 512,
+                    done: Box::new(|_| {}),
+                },
+                pieces: (0..3).map(|i| Piece::new(i * PAGE, PAGE, None)).collect(),
+                left: 3,
+            };
+            for (piece, result) in flight.pieces.iter_mut().zip(results) {
+                piece.settle(Op::Read, 512, result);
+            }
+            flight.outcome()
+        };
+        let page = PAGE as i32;
+        assert_eq!(outcome([page; 3]), Progress::complete(3 * PAGE as u64));
+        assert_eq!(outcome([page, 100, page]), Progress::complete(4196));
+        assert_eq!(
+            outcome([page, -libc::EIO, -libc::EFAULT]),
+            Progress::stopped(4096, Errno::EIO)
+        );
+        assert_eq!(outcome([0, page, -libc::EIO]), Progress::complete(0));
+    }
+
+    #[test]
     fn transient_refusals_are_retried_within_the_bound() {
         let mut piece = Piece::new(0, 512, None);
         for _ in 0..RETRY_MAX {

@@ -312,19 +312,20 @@ fn descriptor_and_memory_are_released_before_the_completion_runs() {
         let watch = Arc::downgrade(&file);
         let buf = Arc::new(AlignedBuf::zeroed(PAGE));
         let memory = Arc::downgrade(&buf);
+        let segments = Segments::of_buf(&buf, PAGE);
+        drop(buf);
         let (tell, told) = channel();
         engine.submit([Request {
             op: Op::Read,
             file,
             offset: 0,
-            segments: Segments::of_buf(&buf, PAGE),
+            segments,
             block: 1,
             done: Box::new(move |_| {
                 tell.send((watch.strong_count(), memory.strong_count()))
                     .unwrap();
             }),
         }]);
-        drop(buf);
         assert_eq!(told.recv_timeout(PATIENCE).unwrap(), (0, 0));
     });
 }

@@ -50,9 +50,9 @@ use split::{Parts, Split, Way};
 /// A read of the file's tail takes up to this many bytes before it along through the plain descriptor: one system call
 /// instead of two transfers. More would let the kernel cache what is cached here.
 pub const PLAIN_WHOLE_MAX: u64 = 16 << 10;
-/// A waited-for read of registered memory at least this long goes through the ring: fixed buffers save 50 us of CPU a
-/// MiB, the hand-over to the ring's thread costs 10.
-const RING_WAIT_MIN: usize = 512 << 10;
+/// A waited-for read of registered memory at least this long goes through the ring. The hand-over to the ring's thread and
+/// back costs what fixed buffers save at 1 MiB (54-77 against 58-63 us of CPU); at 4 MiB it is half (170 against 66-87).
+const RING_WAIT_MIN: usize = 1 << 20;
 /// The size above which a larger transfer is no faster on the devices measured.
 const TRANSFER_BEST: u32 = 1 << 20;
 /// Tries of a system call that answers `EINTR`.

@@ -200,6 +200,11 @@ mod tests {
             split(8192, 8192 + 100, None),
             [(8192, 16384, Direct), (16384, 16484, Plain)]
         );
+        // Not at the block border 16896: the page of the tail goes one way only.
+        assert_eq!(
+            split(8192, 8192 + 700, None),
+            [(8192, 16384, Direct), (16384, 17084, Plain)]
+        );
         assert_eq!(split(0, 100, None), [(0, 100, Plain)]);
         // Memory that follows an unaligned head is unaligned as well here, unless the head ends on a multiple of 4.
         assert_eq!(

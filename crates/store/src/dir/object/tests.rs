@@ -183,15 +183,23 @@ fn a_read_that_meets_the_end_of_the_file_is_short_without_an_error() {
 }
 
 #[test]
-fn reading_the_tail_reads_no_neighbours_into_the_kernels_cache() {
+fn plain_reads_bring_no_neighbours_into_the_kernels_cache() {
     let data = pattern(1 << 20 | 100, 3);
     let f = fixture(&data);
     f.object.sync(SyncScope::All).unwrap();
     drop_cached(&f.path);
-    let (progress, _) = read(&f.object, 1 << 20, 4096);
-    assert_eq!(progress.done, 100);
-    let (_, _) = read(&f.object, 8192, 65_536);
-    assert_eq!(cached_pages(&f.path), Some(1));
+    if cached_pages(&f.path) != Some(0) {
+        eprintln!("skipped: fincore is missing, or the filesystem keeps what it was told to drop");
+        return;
+    }
+    assert_eq!(read(&f.object, 1 << 20, 4096).0.done, 100);
+    // From the start of the file on, which the kernel takes for the beginning of a sequential read.
+    assert_eq!(read(&f.object, 0, 100).0.done, 100);
+    assert_eq!(read(&f.object, 100, 200).0.done, 200);
+    assert_eq!(cached_pages(&f.path), Some(2));
+    // Whole blocks leave nothing there.
+    assert_eq!(read(&f.object, 8192, 65_536).0.done, 65_536);
+    assert_eq!(cached_pages(&f.path), Some(2));
 }
 
 fn drop_cached(path: &Path) {
