@@ -357,15 +357,14 @@ fn arena_frames_are_transferred_through_fixed_buffers_across_chunks() {
         Progress::complete(total as u64)
     );
     assert!(segments.to_vec() == data);
-    if engine.fixed_chunks() == 0 {
-        eprintln!("skipped in part: no fixed buffers here (RLIMIT_MEMLOCK)");
-        return;
+    // RLIMIT_MEMLOCK may end the registration early; what lies beyond travels as one plain piece.
+    let (fixed, ready) = (engine.fixed_chunks(), arena.chunks_ready());
+    if fixed < ready {
+        eprintln!("skipped in part: {fixed} of {ready} chunks could be registered");
     }
-    assert_eq!(engine.fixed_chunks(), arena.chunks_ready());
-    assert_eq!(
-        engine.statistics().pieces_fixed,
-        2 * arena.chunks_ready() as u64
-    );
+    let statistics = engine.statistics();
+    assert_eq!(statistics.pieces_fixed, 2 * fixed as u64);
+    assert_eq!(statistics.pieces_plain, 2 * u64::from(fixed < ready));
 }
 
 #[test]
