@@ -60,12 +60,17 @@ mod checked {
 
     impl Drop for Held {
         fn drop(&mut self) {
-            HELD.with_borrow_mut(|held| {
-                if let Some(at) = held.iter().rposition(|&rank| rank == self.0) {
-                    held.remove(at);
-                }
-            });
+            leave(self.0);
         }
+    }
+
+    /// Notes that this thread no longer holds a lock of class `rank`: dropped, or given to a completion.
+    pub fn leave(rank: Rank) {
+        HELD.with_borrow_mut(|held| {
+            if let Some(at) = held.iter().rposition(|&held| held == rank) {
+                held.remove(at);
+            }
+        });
     }
 
     /// Asserts INV9: this thread holds no lock of the library.
@@ -100,10 +105,14 @@ mod checked {
 
     /// Does nothing in release builds.
     #[inline(always)]
+    pub fn leave(_rank: Rank) {}
+
+    /// Does nothing in release builds.
+    #[inline(always)]
     pub fn rule_zero(_place: &str) {}
 }
 
-pub use checked::{Held, enter, rule_zero};
+pub use checked::{Held, enter, leave, rule_zero};
 
 /// A guard together with its place in the order.
 #[derive(Debug)]

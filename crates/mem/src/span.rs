@@ -143,6 +143,32 @@ impl Segments {
         self.spans.push(IoSpan { addr, len });
     }
 
+    /// Runs `work` with a list of what is ahead of a user cursor, for I/O that goes to the user's memory itself.
+    ///
+    /// Returns only when every copy of the list is gone, that is, when every transfer over it has ended: the caller's
+    /// borrow covers all accesses. The addresses need not be mapped; the kernel answers `EFAULT`. Only the kernel may
+    /// access them.
+    pub fn lend_user<R>(cursor: &crate::iov::IovCursor<'_>, work: impl FnOnce(&Self) -> R) -> R {
+        /// Waits on every way out, panics included.
+        struct Borrow(Segments);
+        impl Drop for Borrow {
+            fn drop(&mut self) {
+                while Arc::strong_count(&self.0.keep) > 1 {
+                    // A completion has run already; the engine lets go of its copy within microseconds.
+                    std::thread::yield_now();
+                }
+            }
+        }
+        let mut lent = Borrow(Self::new(Arc::new(())));
+        for span in cursor.spans_ahead() {
+            let addr = std::ptr::with_exposed_provenance_mut(span.addr);
+            // SAFETY: the cursor's borrow outlives `lent`, whose drop waits for every copy of the list; the memory is
+            // accessed by the kernel alone, which copes with bad addresses.
+            unsafe { lent.0.push_raw(addr, span.len) };
+        }
+        work(&lent.0)
+    }
+
     /// Returns the spans in file order.
     #[must_use]
     pub fn spans(&self) -> &[IoSpan] {

@@ -37,8 +37,8 @@ use pinfold_mem::uring::{Engine, Op, Request};
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom, Statx, Timespec, Timestamps};
 
 use crate::object::{
-    Completion, Geometry, Object, Operation, Seek, StoreError, StoreResult, SyncScope, Transfer,
-    wait_for,
+    Completion, Geometry, Object, Operation, Rearrange, Seek, StoreError, StoreResult, SyncScope,
+    Transfer, wait_for,
 };
 
 mod files;
@@ -530,6 +530,20 @@ impl Object for DirObject {
 
     fn allocate(&self, range: Range<u64>) -> StoreResult<()> {
         self.fallocate(Operation::Allocate, FallocateFlags::KEEP_SIZE, range)
+    }
+
+    fn rearrange(&self, how: Rearrange, range: Range<u64>) -> StoreResult<()> {
+        match how {
+            Rearrange::Zero => self.zero_range(range, true),
+            Rearrange::Collapse => self.collapse_range(range),
+            Rearrange::Insert => self.insert_range(range),
+        }
+    }
+
+    fn space_left(&self) -> Option<u64> {
+        let file = self.any_file(Operation::Attributes).ok()?;
+        let space = rustix::fs::fstatvfs(&*file).ok()?;
+        Some(space.f_bavail.saturating_mul(space.f_frsize))
     }
 
     fn punch(&self, range: Range<u64>) -> StoreResult<()> {

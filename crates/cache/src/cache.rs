@@ -1,0 +1,305 @@
+//! The frames of one volume: who owns each, and how one is had when none is free.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use pinfold_base::{PAGE_SIZE, counter_set};
+use pinfold_mem::{Arena, ArenaError, Frame};
+use smallvec::SmallVec;
+
+use crate::CacheError;
+use crate::file::FilePages;
+use crate::index::{Index, Key};
+use crate::policy::{Policy, Verdict};
+use crate::state::StateWord;
+use crate::wait::WaitTable;
+use crate::writeback::Flusher;
+
+/// The least budget, in bytes: 64 pages.
+pub const MEMORY_MIN: u64 = 64 * PAGE_SIZE;
+/// Frames freed at once when none is left.
+const RECLAIM_BATCH: usize = 32;
+/// How long an allocation waits for write-back or other users before it gives up.
+const FRAME_WAIT_MAX: Duration = Duration::from_secs(60);
+/// How often a waiting allocation looks again although nobody woke it.
+const FRAME_WAIT_STEP: Duration = Duration::from_millis(50);
+
+/// What a cache may use, and when it writes back.
+#[derive(Debug, Clone, Copy)]
+pub struct CacheConfig {
+    /// Memory for pages, in bytes; at least [`MEMORY_MIN`].
+    pub memory: u64,
+    /// Dirty pages at which writers are made to wait, in bytes; default: half the memory.
+    pub dirty_limit: Option<u64>,
+    /// How often the flusher looks for old dirty pages.
+    pub flush_interval: Duration,
+    /// How long a page stays dirty at most before the flusher writes it.
+    pub dirty_age_max: Duration,
+    /// After a write-back error: keep the page dirty for another try instead of clean and readable.
+    pub retain_dirty_on_error: bool,
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        Self {
+            memory: 256 << 20,
+            dirty_limit: None,
+            flush_interval: Duration::from_secs(1),
+            dirty_age_max: Duration::from_secs(5),
+            retain_dirty_on_error: false,
+        }
+    }
+}
+
+counter_set! {
+    /// What happened in a cache since it was made.
+    CacheCounters, CacheSnapshot {
+        /// Page look-ups that found a valid page.
+        hits,
+        /// Page look-ups that had to read.
+        misses,
+        /// Pages read from the store, read-ahead included.
+        pages_read,
+        /// Pages read ahead of the reader.
+        pages_read_ahead,
+        /// Pages written to the store.
+        pages_written,
+        /// Transfers of pages to the store.
+        write_transfers,
+        /// Pages evicted to make room.
+        evicted,
+        /// Pages dropped by truncation, punches and invalidation.
+        dropped,
+        /// Write-backs that failed.
+        write_errors,
+        /// Times a writer was made to wait because too much was dirty.
+        throttled,
+        /// Times an allocation had to wait for a frame.
+        frame_waits,
+    }
+}
+
+/// What is known of a frame beside its bytes.
+#[derive(Debug, Default)]
+pub(crate) struct Header {
+    pub(crate) state: StateWord,
+    file: AtomicU64,
+    page: AtomicU64,
+}
+
+impl Header {
+    pub(crate) fn key(&self) -> Key {
+        Key {
+            file: self.file.load(Ordering::Relaxed),
+            page: self.page.load(Ordering::Relaxed),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn is(&self, key: Key) -> bool {
+        self.page.load(Ordering::Relaxed) == key.page
+            && self.file.load(Ordering::Relaxed) == key.file
+    }
+
+    /// Names the page a frame is about to hold; published by `StateWord::install`.
+    pub(crate) fn assign(&self, key: Key) {
+        self.file.store(key.file, Ordering::Relaxed);
+        self.page.store(key.page, Ordering::Relaxed);
+    }
+}
+
+/// A volume's page cache.
+pub struct Cache {
+    pub(crate) arena: Arc<Arena>,
+    pub(crate) headers: Box<[Header]>,
+    pub(crate) index: Index,
+    pub(crate) policy: Policy,
+    pub(crate) waits: WaitTable,
+    pub(crate) counters: CacheCounters,
+    pub(crate) config: CacheConfig,
+    pub(crate) dirty_pages: AtomicUsize,
+    pub(crate) writing_pages: AtomicUsize,
+    pub(crate) dirty_files: Mutex<HashMap<u64, Arc<FilePages>>>,
+    pub(crate) flusher: Flusher,
+    /// Bumped when a frame or a dirty slot may have become free.
+    progress: Mutex<u64>,
+    progressed: Condvar,
+    next_file: AtomicU64,
+}
+
+impl fmt::Debug for Cache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cache")
+            .field("arena", &self.arena)
+            .field("dirty_pages", &self.dirty_pages())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Cache {
+    /// Makes a cache; its memory is taken as it is needed. [`Cache::start_flusher`] begins background write-back.
+    ///
+    /// # Errors
+    /// The system refuses the address space or the memfd.
+    pub fn new(config: CacheConfig) -> Result<Arc<Self>, ArenaError> {
+        let arena = Arena::new(config.memory.max(MEMORY_MIN))?;
+        let frames = arena.frames_max();
+        Ok(Arc::new(Self {
+            arena,
+            headers: (0..frames).map(|_| Header::default()).collect(),
+            index: Index::new(frames),
+            policy: Policy::new(frames),
+            waits: WaitTable::default(),
+            counters: CacheCounters::default(),
+            config,
+            dirty_pages: AtomicUsize::new(0),
+            writing_pages: AtomicUsize::new(0),
+            dirty_files: Mutex::new(HashMap::new()),
+            flusher: Flusher::default(),
+            progress: Mutex::new(0),
+            progressed: Condvar::new(),
+            next_file: AtomicU64::new(1),
+        }))
+    }
+
+    /// Returns the frames, for registration with io_uring.
+    #[must_use]
+    pub fn arena(&self) -> &Arc<Arena> {
+        &self.arena
+    }
+
+    /// Returns what happened so far.
+    #[must_use]
+    pub fn statistics(&self) -> CacheSnapshot {
+        self.counters.snapshot()
+    }
+
+    /// Returns how many pages are dirty or being written.
+    #[must_use]
+    pub fn dirty_pages(&self) -> usize {
+        self.dirty_pages.load(Ordering::Relaxed) + self.writing_pages.load(Ordering::Relaxed)
+    }
+
+    /// Returns how many pages the cache can hold.
+    #[must_use]
+    pub fn pages_max(&self) -> usize {
+        self.headers.len()
+    }
+
+    pub(crate) fn header(&self, frame: Frame) -> &Header {
+        &self.headers[frame.0 as usize]
+    }
+
+    pub(crate) fn next_file(&self) -> u64 {
+        self.next_file.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn wake(&self, frame: Frame) {
+        self.waits.wake(frame.0 as usize);
+    }
+
+    /// Sleeps until `until` holds for the frame's state.
+    pub(crate) fn wait(&self, frame: Frame, until: impl Fn(u64) -> bool) {
+        self.waits
+            .wait(frame.0 as usize, &self.header(frame).state, None, until);
+    }
+
+    /// Takes one frame, evicting if need be; waits for write-back if everything is dirty.
+    pub(crate) fn take_frame(&self) -> Result<Frame, CacheError> {
+        let mut deadline = None;
+        loop {
+            let seen = *self.progress.lock();
+            if let Some(frame) = self.try_take_frames(1).pop() {
+                return Ok(frame);
+            }
+            let now = Instant::now();
+            if now >= *deadline.get_or_insert(now + FRAME_WAIT_MAX) {
+                return Err(CacheError::NoFrames);
+            }
+            self.counters.frame_waits.bump();
+            self.kick_flusher(true);
+            let mut progress = self.progress.lock();
+            if *progress == seen {
+                self.progressed.wait_for(&mut progress, FRAME_WAIT_STEP);
+            }
+        }
+    }
+
+    /// Takes up to `want` frames, adjacent where possible, without waiting for anybody.
+    pub(crate) fn try_take_frames(&self, want: usize) -> SmallVec<[Frame; 1]> {
+        let mut frames = SmallVec::new();
+        let mut reclaimed = false;
+        while frames.len() < want {
+            let ask = u32::try_from(want - frames.len()).unwrap_or(u32::MAX);
+            // A refusal by the system counts as "none free": the budget then is what it has given so far.
+            match self.arena.alloc(ask) {
+                Ok(Some(run)) => frames.extend(run.frames()),
+                Ok(None) | Err(_) if reclaimed => break,
+                Ok(None) | Err(_) => {
+                    reclaimed = true;
+                    if self.reclaim(
+                        (want - frames.len()).max(RECLAIM_BATCH.min(self.headers.len() / 8)),
+                    ) == 0
+                    {
+                        break;
+                    }
+                }
+            }
+        }
+        frames
+    }
+
+    /// Evicts clean, unused pages; returns how many.
+    pub(crate) fn reclaim(&self, want: usize) -> usize {
+        let mut frames: SmallVec<[Frame; RECLAIM_BATCH]> = SmallVec::new();
+        let mut dirty_seen = 0usize;
+        self.policy.evict(want, |frame| {
+            let header = self.header(frame);
+            if !header.state.begin_evict() {
+                dirty_seen += usize::from(header.state.load() & crate::state::DIRTY != 0);
+                return Verdict::Keep;
+            }
+            self.unlist(frame, header);
+            frames.push(frame);
+            Verdict::Evicted
+        });
+        self.arena.free_all(&frames);
+        self.counters.evicted.add(frames.len() as u64);
+        if dirty_seen > want {
+            self.kick_flusher(true);
+        }
+        frames.len()
+    }
+
+    /// Takes a locked, doomed, unused page out of the index and ends its state. The frame is the caller's then.
+    pub(crate) fn unlist(&self, frame: Frame, header: &Header) {
+        let hash = header.key().hash();
+        self.index.remove(&self.index.lock(hash), hash, frame);
+        if header.state.release() {
+            self.wake(frame);
+        }
+    }
+
+    /// Gives a frame back that `unlist` ended.
+    pub(crate) fn give_frame(&self, frame: Frame) {
+        self.policy.forget(frame);
+        self.arena.free(frame);
+        self.note_progress();
+    }
+
+    /// Wakes those who wait for a frame or for less to be dirty.
+    pub(crate) fn note_progress(&self) {
+        *self.progress.lock() += 1;
+        self.progressed.notify_all();
+    }
+
+    /// Sleeps until progress is noted or `until` comes.
+    pub(crate) fn wait_progress(&self, until: Instant) {
+        let mut progress = self.progress.lock();
+        self.progressed.wait_until(&mut progress, until);
+    }
+}

@@ -1,0 +1,783 @@
+//! The pages of one file.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use pinfold_base::{PAGE_SIZE, Progress};
+use pinfold_mem::{CopyStop, Frame, IoSpan, IovCursor, Segments};
+use pinfold_store::{Object, StoreError, Transfer};
+use smallvec::SmallVec;
+
+use crate::CacheError;
+use crate::cache::Cache;
+use crate::dirty::PageSet;
+use crate::errseq::ErrSeq;
+use crate::folio::Folio;
+use crate::gate::{AddGuard, Gate};
+use crate::index::Key;
+use crate::readahead::ReadAhead;
+use crate::state::{DIRTY, HOME_ARENA, LOCKED, RefOutcome, UPTODATE};
+
+const PAGE: usize = PAGE_SIZE as usize;
+/// Pages in one read transfer at most: 512 KiB keeps several in flight within a window.
+const TRANSFER_PAGES_MAX: u64 = 128;
+/// Pages a reader waits for in one transfer at most.
+const SYNC_PAGES_MAX: u64 = 128;
+/// The largest read-ahead window, in pages.
+const WINDOW_PAGES_MAX: u64 = 1024;
+/// Ranges up to this many pages are probed page by page rather than by a walk over all frames.
+const PROBE_PAGES_MIN: u64 = 1024;
+
+/// Told after a write-back pass has stored something of the file: to put times right again.
+pub trait Owner: Send + Sync {
+    /// Called with nothing held.
+    fn wrote_back(&self);
+}
+
+/// How a caller wants a page.
+#[derive(Debug, Clone, Copy)]
+pub struct Want<'a> {
+    /// Pages of the same request from the wanted one on; they are read in one go. At least 1.
+    pub pages: u64,
+    /// The reading pattern to learn from.
+    pub ahead: Option<&'a ReadAhead>,
+    /// Fail with [`CacheError::WouldBlock`] rather than wait.
+    pub nowait: bool,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct DirtyState {
+    pub(crate) dirty: PageSet,
+    pub(crate) writing: PageSet,
+    /// When the oldest dirty page became so, as far as known.
+    pub(crate) since: Option<Instant>,
+}
+
+/// One file's pages, what is dirty among them, and the errors of storing them.
+pub struct FilePages {
+    id: u64,
+    cache: Arc<Cache>,
+    object: Arc<dyn Object>,
+    /// The file's size in bytes. Read after a page was seen valid (release/acquire), so that data is visible before
+    /// size (B-4).
+    end: AtomicU64,
+    /// One more than the highest page ever cached.
+    high: AtomicU64,
+    gate: Gate,
+    pub(crate) dirty: Mutex<DirtyState>,
+    errors: ErrSeq,
+    owner: OnceLock<Weak<dyn Owner>>,
+    /// Whether the flusher knows this file.
+    pub(crate) listed: AtomicBool,
+}
+
+impl fmt::Debug for FilePages {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FilePages")
+            .field("id", &self.id)
+            .field("end", &self.end())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a look-up found.
+enum Found<'a> {
+    Page(PageRef<'a>),
+    /// Being filled or dropped, in this frame.
+    Busy(Frame),
+    Nothing,
+}
+
+/// A valid page that stays where it is while this exists. Its bytes may change under it, as in the kernel.
+#[derive(Debug)]
+pub struct PageRef<'a> {
+    file: &'a FilePages,
+    frame: Frame,
+}
+
+impl<'a> PageRef<'a> {
+    /// Takes a reference to a page whose lock the caller holds and whose contents are valid.
+    pub(crate) fn take_locked(file: &'a FilePages, frame: Frame) -> Self {
+        let outcome = file.cache.header(frame).state.try_ref();
+        debug_assert_eq!(
+            outcome,
+            RefOutcome::Taken,
+            "a locked valid page refused a reference"
+        );
+        Self { file, frame }
+    }
+
+    /// Returns the page's frame.
+    #[must_use]
+    pub fn frame(&self) -> Frame {
+        self.frame
+    }
+
+    /// Copies from the page to user memory without resolving faults.
+    #[inline]
+    pub fn copy_out(
+        &self,
+        at: usize,
+        len: usize,
+        target: &mut IovCursor<'_>,
+    ) -> Progress<CopyStop> {
+        self.file
+            .cache
+            .arena
+            .copy_frame(self.frame, at, len, target)
+    }
+
+    /// Copies from the page to a slice of the library's own.
+    pub fn read(&self, at: usize, into: &mut [u8]) {
+        self.file.cache.arena.read_frame(self.frame, at, into);
+    }
+}
+
+impl Drop for PageRef<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        if self.file.cache.header(self.frame).state.unref() {
+            self.file.cache.wake(self.frame);
+        }
+    }
+}
+
+/// Pages lent out for a transfer the cache does not run: a reply on a FUSE device, say.
+#[derive(Debug)]
+pub struct Lease {
+    file: Arc<FilePages>,
+    frames: SmallVec<[Frame; 32]>,
+    segments: Segments,
+}
+
+impl Lease {
+    /// Makes an empty lease.
+    #[must_use]
+    pub fn new(file: &Arc<FilePages>) -> Self {
+        Self {
+            file: Arc::clone(file),
+            frames: SmallVec::new(),
+            segments: file.cache.arena.segments(),
+        }
+    }
+
+    /// Adds bytes `at .. at + len` of a page.
+    pub fn push(&mut self, page: PageRef<'_>, at: usize, len: usize) {
+        debug_assert!(
+            std::ptr::eq(page.file, &raw const *self.file),
+            "a lease is of one file"
+        );
+        self.file
+            .cache
+            .arena
+            .push_frame(&mut self.segments, page.frame, at, len);
+        self.frames.push(page.frame);
+        // The reference lives on in `frames`.
+        std::mem::forget(page);
+    }
+
+    /// Returns the bytes, in file order. They may change while they are read, as a page in the kernel's cache may.
+    #[must_use]
+    pub fn spans(&self) -> &[IoSpan] {
+        self.segments.spans()
+    }
+
+    /// Returns the number of bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.segments.bytes()
+    }
+
+    /// Tells whether nothing is lent.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.frames.is_empty()
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        for &frame in &self.frames {
+            if self.file.cache.header(frame).state.unref() {
+                self.file.cache.wake(frame);
+            }
+        }
+    }
+}
+
+impl FilePages {
+    /// Makes an empty set of pages over a stored file of `end` bytes.
+    #[must_use]
+    pub fn new(cache: &Arc<Cache>, object: Arc<dyn Object>, end: u64) -> Arc<Self> {
+        Arc::new(Self {
+            id: cache.next_file(),
+            cache: Arc::clone(cache),
+            object,
+            end: AtomicU64::new(end),
+            high: AtomicU64::new(0),
+            gate: Gate::default(),
+            dirty: Mutex::new(DirtyState::default()),
+            errors: ErrSeq::default(),
+            owner: OnceLock::new(),
+            listed: AtomicBool::new(false),
+        })
+    }
+
+    /// Names who is told after write-back; only the first call counts.
+    pub fn set_owner(&self, owner: Weak<dyn Owner>) {
+        let _ = self.owner.set(owner);
+    }
+
+    pub(crate) fn tell_owner(&self) {
+        if let Some(owner) = self.owner.get().and_then(Weak::upgrade) {
+            owner.wrote_back();
+        }
+    }
+
+    pub(crate) fn cache(&self) -> &Cache {
+        &self.cache
+    }
+
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Returns the cache these pages are in.
+    #[must_use]
+    pub fn cache_arc(&self) -> &Arc<Cache> {
+        &self.cache
+    }
+
+    /// Returns where the bytes are stored.
+    #[must_use]
+    pub fn object(&self) -> &Arc<dyn Object> {
+        &self.object
+    }
+
+    /// Returns the lock between fills and those who must not see them.
+    #[must_use]
+    pub fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// Returns the errors of write-back.
+    #[must_use]
+    pub fn errors(&self) -> &ErrSeq {
+        &self.errors
+    }
+
+    /// Returns the file's size in bytes.
+    #[inline]
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        self.end.load(Ordering::Acquire)
+    }
+
+    /// Sets the file's size. The caller excludes other changes of it and has zeroed what that makes visible (INV7).
+    pub fn set_end(&self, end: u64) {
+        self.end.store(end, Ordering::Release);
+    }
+
+    /// Tells whether any page waits to be stored or is being stored.
+    #[must_use]
+    pub fn is_dirty(&self) -> bool {
+        let state = self.dirty.lock();
+        !state.dirty.is_empty() || !state.writing.is_empty()
+    }
+
+    /// Returns the first dirty page at or after `page`: data that the store may not know of.
+    #[must_use]
+    pub fn next_dirty(&self, page: u64) -> Option<u64> {
+        let state = self.dirty.lock();
+        let (dirty, writing) = (state.dirty.next_from(page), state.writing.next_from(page));
+        dirty.into_iter().chain(writing).min()
+    }
+
+    fn key(&self, page: u64) -> Key {
+        Key {
+            file: self.id,
+            page,
+        }
+    }
+
+    /// The largest read-ahead window this budget bears, in pages.
+    fn window_max(&self) -> u64 {
+        (self.cache.pages_max() as u64 / 16).clamp(4, WINDOW_PAGES_MAX)
+    }
+
+    #[inline]
+    fn find(&self, key: Key) -> Found<'_> {
+        for frame in self.cache.index.candidates(key.hash()) {
+            let header = self.cache.header(frame);
+            match header.state.try_ref() {
+                RefOutcome::Taken => {
+                    let page = PageRef { file: self, frame };
+                    if header.is(key) {
+                        return Found::Page(page);
+                    }
+                }
+                RefOutcome::Busy if header.is(key) => return Found::Busy(frame),
+                RefOutcome::Busy | RefOutcome::Gone => {}
+            }
+        }
+        Found::Nothing
+    }
+
+    /// Returns a page that is cached and valid, without waiting for anything.
+    #[inline]
+    #[must_use]
+    pub fn get(&self, page: u64) -> Option<PageRef<'_>> {
+        match self.find(self.key(page)) {
+            Found::Page(page) => Some(page),
+            Found::Busy(_) | Found::Nothing => None,
+        }
+    }
+
+    /// Returns a page's contents, from the cache or the store. Nothing may be held but classes 1 to 3.
+    ///
+    /// # Errors
+    /// The store's error of this very page; no frame; it would have to wait.
+    pub fn read(self: &Arc<Self>, page: u64, want: &Want<'_>) -> Result<PageRef<'_>, CacheError> {
+        let key = self.key(page);
+        loop {
+            match self.find(key) {
+                Found::Page(found) => {
+                    self.cache.counters.hits.bump();
+                    self.note_hit(page, found.frame, want);
+                    return Ok(found);
+                }
+                Found::Busy(_) | Found::Nothing if want.nowait => {
+                    return Err(CacheError::WouldBlock);
+                }
+                Found::Busy(frame) => self.cache.wait(frame, |state| state & LOCKED == 0),
+                Found::Nothing => {
+                    if let Some(found) = self.fill(page, want)? {
+                        return Ok(found);
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline]
+    fn note_hit(self: &Arc<Self>, page: u64, frame: Frame, want: &Want<'_>) {
+        let Some(ahead) = want.ahead else {
+            self.cache.policy.touch(frame);
+            return;
+        };
+        let (range, new_use) = ahead.hit(page, self.window_max());
+        if new_use {
+            self.cache.policy.touch(frame);
+        }
+        if let Some(range) = range {
+            self.read_ahead(range);
+        }
+    }
+
+    /// Reads a missing page, its request's followers and what is worth reading ahead; `None` when somebody else
+    /// brought the page meanwhile.
+    fn fill(
+        self: &Arc<Self>,
+        page: u64,
+        want: &Want<'_>,
+    ) -> Result<Option<PageRef<'_>>, CacheError> {
+        let limit = SYNC_PAGES_MAX.min(self.window_max().max(1));
+        let pages = want.pages.clamp(1, limit);
+        let gate = self.gate.add();
+        let Some(folios) = self.insert_run(page, pages)? else {
+            return Ok(None);
+        };
+        self.cache.counters.misses.bump();
+        // What comes next is started before this thread waits, so that both are in flight together.
+        if let Some(ahead) = want.ahead {
+            let range = ahead.miss(page, pages.min(folios.len() as u64), self.window_max());
+            self.start_ahead(range, &gate);
+        }
+        drop(gate);
+        let segments = self.segments_of(folios.iter().map(Folio::frame));
+        let outcome = self.object.read_wait(page * PAGE_SIZE, &segments);
+        self.cache.counters.pages_read.add(folios.len() as u64);
+        self.end_fill(folios, outcome).map(Some)
+    }
+
+    /// Unlocks pages a transfer filled; returns the first.
+    fn end_fill(
+        &self,
+        folios: SmallVec<[Folio<'_>; 1]>,
+        outcome: Progress<StoreError>,
+    ) -> Result<PageRef<'_>, CacheError> {
+        let mut first = None;
+        for (i, folio) in folios.into_iter().enumerate() {
+            if !self.settle_fill(&folio, i, &outcome) {
+                // Dropped without contents: it leaves the cache.
+                continue;
+            }
+            if i == 0 {
+                let frame = folio.frame();
+                first = Some(PageRef::take_locked(self, frame));
+            }
+        }
+        match (first, outcome.stop) {
+            (Some(first), _) => Ok(first),
+            (None, Some(error)) => Err(CacheError::Store(error)),
+            (None, None) => Err(CacheError::NoFrames),
+        }
+    }
+
+    /// Makes the `i`-th page of a finished transfer valid if its bytes came; what the store did not have is zeros.
+    fn settle_fill(&self, folio: &Folio<'_>, i: usize, outcome: &Progress<StoreError>) -> bool {
+        let got = usize::try_from(outcome.done)
+            .unwrap_or(usize::MAX)
+            .saturating_sub(i * PAGE)
+            .min(PAGE);
+        if got < PAGE {
+            if outcome.stop.is_some() {
+                return false;
+            }
+            folio.zero_from(got);
+        }
+        folio.mark_uptodate();
+        true
+    }
+
+    pub(crate) fn segments_of(&self, frames: impl Iterator<Item = Frame>) -> Segments {
+        let mut segments = self.cache.arena.segments();
+        for frame in frames {
+            self.cache.arena.push_frame(&mut segments, frame, 0, PAGE);
+        }
+        segments
+    }
+
+    /// Starts reading pages that are missing in `range`; waits for nothing, gives up where frames are short.
+    pub fn read_ahead(self: &Arc<Self>, range: Range<u64>) {
+        // A blocked gate means that the range is about to change: not worth waiting for.
+        if let Some(gate) = self.gate.try_add() {
+            self.start_ahead(range, &gate);
+        }
+    }
+
+    fn start_ahead(self: &Arc<Self>, range: Range<u64>, _gate: &AddGuard<'_>) {
+        let end = range.end.min(self.end().div_ceil(PAGE_SIZE));
+        let mut batch = Vec::new();
+        let mut page = range.start;
+        while page < end {
+            let mut folios: SmallVec<[Folio<'_>; 1]> = SmallVec::new();
+            let run = (end - page).min(TRANSFER_PAGES_MAX);
+            let mut frames = self.cache.try_take_frames(run as usize).into_iter();
+            for at in page..page + run {
+                let Some(frame) = frames.next() else {
+                    break;
+                };
+                match self.insert(at, frame) {
+                    Some(folio) => folios.push(folio),
+                    None => break,
+                }
+            }
+            let short = frames.len() == 0 && (folios.len() as u64) < run;
+            for spare in frames {
+                self.cache.arena.free(spare);
+            }
+            let start = page;
+            // The page that was there already is skipped as well.
+            page += folios.len() as u64 + u64::from((folios.len() as u64) < run);
+            if !folios.is_empty() {
+                batch.push(self.transfer_ahead(start, folios));
+            }
+            if short {
+                break;
+            }
+        }
+        if !batch.is_empty() {
+            self.object.read(batch);
+        }
+    }
+
+    fn transfer_ahead(self: &Arc<Self>, start: u64, folios: SmallVec<[Folio<'_>; 1]>) -> Transfer {
+        let counters = &self.cache.counters;
+        counters.pages_read.add(folios.len() as u64);
+        counters.pages_read_ahead.add(folios.len() as u64);
+        let frames: Vec<Frame> = folios.into_iter().map(Folio::into_frame).collect();
+        let segments = self.segments_of(frames.iter().copied());
+        let file = Arc::clone(self);
+        Transfer {
+            offset: start * PAGE_SIZE,
+            segments,
+            done: Box::new(move |outcome| {
+                for (i, frame) in frames.into_iter().enumerate() {
+                    let folio = Folio::adopt(&file, start + i as u64, frame);
+                    // An error of a page nobody asked for is nobody's: who asks reads it himself.
+                    file.settle_fill(&folio, i, &outcome);
+                }
+            }),
+        }
+    }
+
+    /// Inserts up to `pages` locked pages from `page` on, up to the first that is there; `None` when `page` itself is.
+    /// Waits for the first frame only.
+    fn insert_run(
+        &self,
+        page: u64,
+        pages: u64,
+    ) -> Result<Option<SmallVec<[Folio<'_>; 1]>>, CacheError> {
+        let end = self.end().div_ceil(PAGE_SIZE).max(page + 1);
+        let pages = pages.min(end - page);
+        let mut frames = self.cache.try_take_frames(pages as usize);
+        if frames.is_empty() {
+            frames.push(self.cache.take_frame()?);
+        }
+        let mut folios = SmallVec::new();
+        let mut frames = frames.into_iter();
+        for (at, frame) in (page..).zip(&mut frames) {
+            match self.insert(at, frame) {
+                Some(folio) => folios.push(folio),
+                None => break,
+            }
+        }
+        for spare in frames {
+            self.cache.arena.free(spare);
+        }
+        Ok((!folios.is_empty()).then_some(folios))
+    }
+
+    /// Puts `frame` into the cache as page `page`, locked and without contents; gives it back if the page is there.
+    fn insert(&self, page: u64, frame: Frame) -> Option<Folio<'_>> {
+        let key = self.key(page);
+        let hash = key.hash();
+        let header = self.cache.header(frame);
+        header.assign(key);
+        let shard = self.cache.index.lock(hash);
+        let there = self.cache.index.candidates(hash).any(|other| {
+            let other = self.cache.header(other);
+            // Leaving pages are still listed until `unlist`, which takes the shard lock.
+            other.is(key)
+        });
+        if there {
+            drop(shard);
+            self.cache.arena.free(frame);
+            return None;
+        }
+        header.state.install(HOME_ARENA);
+        self.cache.index.insert(&shard, hash, frame);
+        drop(shard);
+        self.cache.policy.admit(frame, hash);
+        self.high.fetch_max(page + 1, Ordering::Relaxed);
+        Some(Folio::adopt(self, page, frame))
+    }
+
+    /// Locks a page that is cached; waits for whoever holds it.
+    #[must_use]
+    pub fn lock(&self, page: u64) -> Option<Folio<'_>> {
+        let key = self.key(page);
+        'again: loop {
+            for frame in self.cache.index.candidates(key.hash()) {
+                let header = self.cache.header(frame);
+                if !header.is(key) {
+                    continue;
+                }
+                match header.state.try_lock() {
+                    Ok(_) => {
+                        let folio = Folio::adopt(self, page, frame);
+                        if header.is(key) {
+                            return Some(folio);
+                        }
+                        drop(folio);
+                        continue 'again;
+                    }
+                    Err(state) if state & LOCKED != 0 => {
+                        self.cache.wait(frame, |state| state & LOCKED == 0);
+                        continue 'again;
+                    }
+                    Err(_) => {}
+                }
+            }
+            return None;
+        }
+    }
+
+    /// Locks a page for a write of its bytes `from .. to`, with the parts that are not overwritten valid: read, or zero
+    /// where the file has none. The page becomes visible with [`Folio::commit`], and not at all before.
+    ///
+    /// # Errors
+    /// Reading the rest failed; no frame; `nowait` and it would have to wait.
+    pub fn write_begin(
+        self: &Arc<Self>,
+        page: u64,
+        from: usize,
+        to: usize,
+        nowait: bool,
+    ) -> Result<Folio<'_>, CacheError> {
+        loop {
+            if let Some(folio) = self.lock(page) {
+                return Ok(folio);
+            }
+            let end = self.end();
+            let start = page * PAGE_SIZE;
+            let covers = from == 0 && (to == PAGE || start + to as u64 >= end);
+            let needs_read = !covers && start < end;
+            if nowait && needs_read {
+                return Err(CacheError::WouldBlock);
+            }
+            let gate = self.gate.add();
+            let frame = if nowait {
+                self.cache
+                    .try_take_frames(1)
+                    .pop()
+                    .ok_or(CacheError::WouldBlock)?
+            } else {
+                self.cache.take_frame()?
+            };
+            let Some(folio) = self.insert(page, frame) else {
+                continue;
+            };
+            drop(gate);
+            if needs_read {
+                let segments = self.segments_of(std::iter::once(folio.frame()));
+                let outcome = self.object.read_wait(start, &segments);
+                self.cache.counters.pages_read.bump();
+                if !self.settle_fill(&folio, 0, &outcome)
+                    && let Some(error) = outcome.stop
+                {
+                    return Err(CacheError::Store(error));
+                }
+            } else if !(from == 0 && to == PAGE) {
+                folio.zero(0, PAGE);
+            }
+            return Ok(folio);
+        }
+    }
+
+    /// Notes that a locked page is about to become dirty.
+    pub(crate) fn note_dirty(&self, page: u64, frame: Frame) {
+        if self.cache.header(frame).state.load() & DIRTY != 0 {
+            return;
+        }
+        let mut state = self.dirty.lock();
+        state.since.get_or_insert_with(Instant::now);
+        if state.dirty.insert(page) {
+            self.cache.dirty_pages.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn forget_dirty(&self, page: u64) {
+        let removed = {
+            let mut state = self.dirty.lock();
+            let removed = state.dirty.remove(page);
+            if state.dirty.is_empty() {
+                state.since = None;
+            }
+            removed
+        };
+        if removed {
+            self.cache.dirty_pages.fetch_sub(1, Ordering::Relaxed);
+            self.cache.note_progress();
+        }
+    }
+
+    /// Makes the flusher know this file. Called after pages became dirty, with no folio locked.
+    pub fn note_dirty_file(self: &Arc<Self>) {
+        self.cache.enlist_dirty(self);
+    }
+
+    /// Lists the cached pages of `range`, lowest first.
+    fn cached_pages(&self, range: Range<u64>) -> Vec<u64> {
+        let end = range.end.min(self.high.load(Ordering::Relaxed));
+        if range.start >= end {
+            return Vec::new();
+        }
+        if end - range.start <= PROBE_PAGES_MIN.max(self.cache.pages_max() as u64 / 8) {
+            return (range.start..end)
+                .filter(|&page| {
+                    let key = self.key(page);
+                    self.cache
+                        .index
+                        .candidates(key.hash())
+                        .any(|frame| self.cache.header(frame).is(key))
+                })
+                .collect();
+        }
+        let mut pages: Vec<u64> = self
+            .cache
+            .headers
+            .iter()
+            .filter(|header| header.state.load() != 0)
+            .map(super::cache::Header::key)
+            .filter(|key| key.file == self.id && (range.start..end).contains(&key.page))
+            .map(|key| key.page)
+            .collect();
+        pages.sort_unstable();
+        pages.dedup();
+        pages
+    }
+
+    /// Drops every page of `range`, dirty or not, once nobody uses it. The caller keeps pages from coming back.
+    pub fn discard(&self, range: Range<u64>) {
+        for page in self.cached_pages(range) {
+            if let Some(folio) = self.lock(page) {
+                folio.discard();
+            }
+        }
+    }
+
+    /// Drops the clean pages of `range`; returns false if any was dirty and stayed.
+    pub fn invalidate(&self, range: Range<u64>) -> bool {
+        let mut all = true;
+        for page in self.cached_pages(range) {
+            if let Some(folio) = self.lock(page) {
+                folio.wait_writeback();
+                if folio.is_dirty() {
+                    all = false;
+                } else {
+                    folio.discard();
+                }
+            }
+        }
+        all
+    }
+
+    /// Zeroes bytes `from .. to` of a page if it is cached, making it dirty; false when it is not cached.
+    pub fn zero_cached(self: &Arc<Self>, page: u64, from: usize, to: usize) -> bool {
+        let Some(folio) = self.lock(page) else {
+            return false;
+        };
+        folio.zero(from, to - from);
+        folio.commit();
+        self.note_dirty_file();
+        true
+    }
+
+    /// Zeroes what a cached page holds past the file's end without making it dirty (INV7).
+    pub fn zero_past_end(&self, end: u64) {
+        let at = (end % PAGE_SIZE) as usize;
+        if at != 0
+            && let Some(folio) = self.lock(end / PAGE_SIZE)
+        {
+            folio.zero_from(at);
+        }
+    }
+
+    /// Returns how many pages of `range` are cached and valid.
+    #[must_use]
+    pub fn resident(&self, range: Range<u64>) -> usize {
+        self.cached_pages(range)
+            .into_iter()
+            .filter(|&page| {
+                let key = self.key(page);
+                self.cache.index.candidates(key.hash()).any(|frame| {
+                    let header = self.cache.header(frame);
+                    header.is(key) && header.state.load() & UPTODATE != 0
+                })
+            })
+            .count()
+    }
+}
+
+impl Drop for FilePages {
+    fn drop(&mut self) {
+        // Whoever lets go of the last handle has written back what was worth it; the frames are wanted elsewhere.
+        self.discard(0..u64::MAX);
+    }
+}

@@ -1,0 +1,109 @@
+//! The page cache: page states, fills, read-ahead, reclaim, dirty pages, write-back.
+//!
+//! *Owns*: which page of which file is in which frame; whether it is valid, dirty, used; when it goes; the errors of
+//! storing it.
+//!
+//! *Does not own*: why data may be cached (glocks), user mappings (they implement [`ReverseMap`]), what a file is
+//! called, how bytes are stored.
+//!
+//! *Locking*: [`Gate`] (class 4), folio locks in the state word (class 5, one file's in ascending order); queues, the
+//! index and the dirty set are leaves (class 6). Completions take leaves only. Nothing is held while user memory may
+//! fault: copies under a folio lock report faults instead of taking them (INV9).
+//!
+//! What keeps two operations on one page apart (a test walks this table):
+//!
+//! | | fill | read copy | write | write-back | evict | truncate |
+//! |---|---|---|---|---|---|---|
+//! | **fill** | index shard | not UPTODATE | folio lock | not DIRTY | LOCKED | gate, folio lock |
+//! | **read copy** | | – | – (as in the kernel) | – | reference | reference |
+//! | **write** | | | folio lock | folio lock, then DIRTY again | LOCKED, DIRTY | folio lock |
+//! | **write-back** | | | | WRITEBACK | WRITEBACK | WRITEBACK |
+//! | **evict** | | | | | LOCKED | LOCKED |
+//! | **truncate** | | | | | | folio lock |
+
+pub mod cache;
+pub mod dirty;
+pub mod errseq;
+pub mod file;
+pub mod folio;
+pub mod gate;
+pub mod index;
+pub mod policy;
+pub mod readahead;
+pub mod state;
+pub mod wait;
+pub mod writeback;
+
+use std::fmt;
+use std::ops::Range;
+
+use pinfold_base::{Errno, PageIndex};
+use pinfold_store::StoreError;
+
+pub use cache::{Cache, CacheConfig, CacheSnapshot, MEMORY_MIN};
+pub use errseq::{ErrSeq, Sample};
+pub use file::{FilePages, Lease, Owner, PageRef, Want};
+pub use folio::Folio;
+pub use gate::Gate;
+pub use readahead::ReadAhead;
+pub use writeback::{Mode, Pace};
+
+/// Told by the cache when pages must leave user mappings; implemented by `pinfold-fault`.
+pub trait ReverseMap: Send + Sync {
+    /// Takes all access away from user mappings of these pages.
+    fn unmap(&self, pages: Range<PageIndex>);
+}
+
+/// Why the cache could not do what it was asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheError {
+    /// The store refused.
+    Store(StoreError),
+    /// No frame could be had: everything is dirty, pinned or in use, and stays so.
+    NoFrames,
+    /// It would have to wait, and the caller asked not to.
+    WouldBlock,
+    /// The caller's cancellation came first.
+    Interrupted,
+}
+
+impl CacheError {
+    /// Returns the error number.
+    #[must_use]
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Store(error) => error.errno,
+            Self::NoFrames => Errno::ENOMEM,
+            Self::WouldBlock => Errno::EAGAIN,
+            Self::Interrupted => Errno::EINTR,
+        }
+    }
+}
+
+impl fmt::Display for CacheError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Store(error) => error.fmt(f),
+            Self::NoFrames => {
+                f.write_str("no page frame could be freed: all are dirty, pinned or in use")
+            }
+            Self::WouldBlock => f.write_str("the operation would have to wait"),
+            Self::Interrupted => f.write_str("the operation was cancelled"),
+        }
+    }
+}
+
+impl std::error::Error for CacheError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Store(error) => Some(error),
+            Self::NoFrames | Self::WouldBlock | Self::Interrupted => None,
+        }
+    }
+}
+
+impl From<StoreError> for CacheError {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}

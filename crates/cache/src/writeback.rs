@@ -1,0 +1,553 @@
+//! Dirty pages on their way to the store (SEMANTICS.md section G).
+//!
+//! One pass over a file: take the set of dirty pages as it is now (the TOWRITE tag: what becomes dirty later cannot
+//! prolong the pass, G-1), lock each, move it from DIRTY to WRITEBACK in one step, unlock it, and send runs of
+//! neighbours as one transfer. The completion takes no lock of classes 1 to 5, so anybody above may wait for it.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use pinfold_base::{PAGE_SIZE, Progress};
+use pinfold_mem::Frame;
+use pinfold_store::{StoreError, Transfer};
+
+use crate::CacheError;
+use crate::cache::Cache;
+use crate::file::FilePages;
+use crate::folio::Folio;
+use crate::state::{DIRTY, ERROR, WRITEBACK};
+
+const PAGE: usize = PAGE_SIZE as usize;
+/// Pages in one write transfer at most: 1 MiB.
+const TRANSFER_PAGES_MAX: usize = 256;
+/// Transfers of one pass in flight at most.
+const IN_FLIGHT_MAX: usize = 16;
+/// Transfers gathered before they are submitted together.
+const SUBMIT_BATCH: usize = 4;
+/// Pages one opportunistic visit to a file writes at most, so that no file starves the others.
+const VISIT_PAGES_MAX: usize = 8192;
+/// The longest a writer sleeps in one go.
+const PAUSE_MAX: Duration = Duration::from_millis(200);
+
+/// How thorough a pass is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// ALL: every page dirty at the start, and every write-back under way then, is waited for; errors do not end it.
+    Integrity,
+    /// NONE: skips what is locked or under write-back already, ends at its budget.
+    Opportunistic,
+}
+
+/// How a writer takes being slowed down.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Pace<'a> {
+    /// Fail instead of sleeping.
+    pub nowait: bool,
+    /// Set by another thread to end the sleep.
+    pub cancelled: Option<&'a AtomicBool>,
+}
+
+/// Transfers of one pass: how many are in flight, what went wrong first.
+#[derive(Debug, Default)]
+struct Pass {
+    state: Mutex<PassState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct PassState {
+    in_flight: usize,
+    first_error: Option<StoreError>,
+}
+
+impl Pass {
+    fn begin(&self) {
+        let mut state = self.state.lock();
+        state.in_flight += 1;
+    }
+
+    fn wait_below(&self, limit: usize) {
+        let mut state = self.state.lock();
+        while state.in_flight >= limit {
+            self.changed.wait(&mut state);
+        }
+    }
+
+    fn end(&self, stop: Option<StoreError>) {
+        let mut state = self.state.lock();
+        state.in_flight -= 1;
+        if state.first_error.is_none() {
+            state.first_error = stop;
+        }
+        self.changed.notify_all();
+    }
+
+    fn finish(&self) -> Option<StoreError> {
+        self.wait_below(1);
+        self.state.lock().first_error
+    }
+}
+
+/// Neighbouring pages that were moved to WRITEBACK and wait to be sent. Dropped early, they are dirty again.
+struct Run<'a> {
+    file: &'a Arc<FilePages>,
+    start: u64,
+    frames: Vec<Frame>,
+    /// Bytes of the last page that lie below the end of the file.
+    last_len: usize,
+}
+
+impl<'a> Run<'a> {
+    fn new(file: &'a Arc<FilePages>) -> Self {
+        Self {
+            file,
+            start: 0,
+            frames: Vec::new(),
+            last_len: PAGE,
+        }
+    }
+
+    fn accepts(&self, page: u64) -> bool {
+        self.frames.is_empty()
+            || (self.start + self.frames.len() as u64 == page
+                && self.frames.len() < TRANSFER_PAGES_MAX
+                && self.last_len == PAGE)
+    }
+
+    fn push(&mut self, page: u64, frame: Frame, len: usize) {
+        if self.frames.is_empty() {
+            self.start = page;
+        }
+        self.frames.push(frame);
+        self.last_len = len;
+    }
+
+    fn take_transfer(&mut self, pass: &Arc<Pass>) -> Option<Transfer> {
+        if self.frames.is_empty() {
+            return None;
+        }
+        let frames = std::mem::take(&mut self.frames);
+        let bytes = (frames.len() - 1) * PAGE + self.last_len;
+        self.last_len = PAGE;
+        let segments = self
+            .file
+            .segments_of(frames.iter().copied())
+            .slice(0, bytes);
+        let counters = &self.file.cache().counters;
+        counters.write_transfers.bump();
+        counters.pages_written.add(frames.len() as u64);
+        pass.begin();
+        let (file, pass, start) = (Arc::clone(self.file), Arc::clone(pass), self.start);
+        Some(Transfer {
+            offset: start * PAGE_SIZE,
+            segments,
+            done: Box::new(move |outcome| {
+                file.end_write_back(start, &frames, &outcome);
+                // The pass may be all that its waiter needs: let go of the file first.
+                drop(file);
+                pass.end(outcome.stop);
+            }),
+        })
+    }
+}
+
+impl Drop for Run<'_> {
+    fn drop(&mut self) {
+        for (i, &frame) in self.frames.iter().enumerate() {
+            self.file.undo_write_back(self.start + i as u64, frame);
+        }
+    }
+}
+
+impl FilePages {
+    /// Writes back dirty pages of `range`; returns how many were sent. Waits for all it sent.
+    ///
+    /// # Errors
+    /// The first error of this pass; it is recorded for every open file as well.
+    pub fn write_back(
+        self: &Arc<Self>,
+        range: Range<u64>,
+        mode: Mode,
+    ) -> Result<usize, StoreError> {
+        let limit = match mode {
+            Mode::Integrity => usize::MAX,
+            Mode::Opportunistic => VISIT_PAGES_MAX,
+        };
+        let (todo, under_way) = {
+            let state = self.dirty.lock();
+            let under_way = match mode {
+                Mode::Integrity => state.writing.pages_in(range.clone(), usize::MAX),
+                Mode::Opportunistic => Vec::new(),
+            };
+            (state.dirty.pages_in(range, limit), under_way)
+        };
+        let pass = Arc::new(Pass::default());
+        let mut run = Run::new(self);
+        let mut batch = Vec::new();
+        let mut sent = 0;
+        for page in todo {
+            if !run.accepts(page) {
+                batch.extend(run.take_transfer(&pass));
+                if batch.len() >= SUBMIT_BATCH {
+                    self.submit(&mut batch, &pass);
+                }
+            }
+            let Some((frame, len)) = self.claim(page, mode, &pass, &mut run, &mut batch) else {
+                continue;
+            };
+            run.push(page, frame, len);
+            sent += 1;
+        }
+        batch.extend(run.take_transfer(&pass));
+        self.submit(&mut batch, &pass);
+        let error = pass.finish();
+        for page in under_way {
+            self.wait_page_written(page);
+        }
+        if sent > 0 {
+            self.tell_owner();
+        }
+        error.map_or(Ok(sent), Err)
+    }
+
+    fn submit(self: &Arc<Self>, batch: &mut Vec<Transfer>, pass: &Pass) {
+        if batch.is_empty() {
+            return;
+        }
+        pass.wait_below(IN_FLIGHT_MAX + batch.len());
+        self.object().write(std::mem::take(batch));
+    }
+
+    /// Moves one page from DIRTY to WRITEBACK; `None` when it is gone, clean, past the end, or not worth waiting for.
+    fn claim(
+        self: &Arc<Self>,
+        page: u64,
+        mode: Mode,
+        pass: &Arc<Pass>,
+        run: &mut Run<'_>,
+        batch: &mut Vec<Transfer>,
+    ) -> Option<(Frame, usize)> {
+        let folio = self.lock(page)?;
+        let state = &self.cache().header(folio.frame()).state;
+        if state.load() & DIRTY == 0 {
+            return None;
+        }
+        if state.load() & WRITEBACK != 0 {
+            if mode == Mode::Opportunistic {
+                return None;
+            }
+            // Older data of this page is in flight, perhaps in what this pass has gathered: send that, then wait (G-2).
+            drop(folio);
+            batch.extend(run.take_transfer(pass));
+            self.object().write(std::mem::take(batch));
+            self.wait_page_written(page);
+            let folio = self.lock(page)?;
+            return self.start_write(folio);
+        }
+        self.start_write(folio)
+    }
+
+    fn start_write(self: &Arc<Self>, folio: Folio<'_>) -> Option<(Frame, usize)> {
+        let page = folio.page();
+        let state = &self.cache().header(folio.frame()).state;
+        if state.load() & DIRTY == 0 || state.load() & WRITEBACK != 0 {
+            return None;
+        }
+        let end = self.end();
+        let start = page * PAGE_SIZE;
+        if start >= end {
+            // Beyond the end: a truncation is about to drop it.
+            folio.discard();
+            return None;
+        }
+        let len = usize::try_from(end - start).unwrap_or(PAGE).min(PAGE);
+        if len < PAGE {
+            // The tail is zeroed every time it is written (INV7, F-6).
+            folio.zero_from(len);
+        }
+        let cache = self.cache();
+        state.clean_for_write();
+        {
+            let mut dirty = self.dirty.lock();
+            dirty.dirty.remove(page);
+            dirty.writing.insert(page);
+            if dirty.dirty.is_empty() {
+                dirty.since = None;
+            }
+        }
+        cache.dirty_pages.fetch_sub(1, Ordering::Relaxed);
+        cache.writing_pages.fetch_add(1, Ordering::Relaxed);
+        let frame = folio.frame();
+        drop(folio);
+        Some((frame, len))
+    }
+
+    /// Ends write-back of neighbouring pages. Runs in a completion.
+    fn end_write_back(&self, start: u64, frames: &[Frame], outcome: &Progress<StoreError>) {
+        let cache = self.cache();
+        if let Some(error) = outcome.stop {
+            cache.counters.write_errors.bump();
+            self.errors().set(error.errno);
+        }
+        for (i, &frame) in frames.iter().enumerate() {
+            let page = start + i as u64;
+            let stored = outcome.stop.is_none() || (i as u64 + 1) * PAGE_SIZE <= outcome.done;
+            let again = !stored && cache.config.retain_dirty_on_error;
+            self.leave_write_back(page, frame, if stored { 0 } else { ERROR }, again);
+        }
+        cache.note_progress();
+    }
+
+    /// Takes a page that was never sent back from WRITEBACK to DIRTY.
+    fn undo_write_back(&self, page: u64, frame: Frame) {
+        self.leave_write_back(page, frame, 0, true);
+    }
+
+    fn leave_write_back(&self, page: u64, frame: Frame, set: u64, dirty_again: bool) {
+        let cache = self.cache();
+        {
+            let mut state = self.dirty.lock();
+            state.writing.remove(page);
+            if dirty_again && state.dirty.insert(page) {
+                cache.dirty_pages.fetch_add(1, Ordering::Relaxed);
+                state.since.get_or_insert_with(Instant::now);
+            }
+        }
+        cache.writing_pages.fetch_sub(1, Ordering::Relaxed);
+        let set = set | if dirty_again { DIRTY } else { 0 };
+        if cache.header(frame).state.end_write(set) {
+            cache.wake(frame);
+        }
+    }
+
+    fn wait_page_written(&self, page: u64) {
+        // A page under write-back cannot leave its frame, so the frame's word is the one to wait on.
+        if let Some(page) = self.get(page) {
+            let frame = page.frame();
+            drop(page);
+            self.cache().wait(frame, |state| state & WRITEBACK == 0);
+        } else if let Some(folio) = self.lock(page) {
+            folio.wait_writeback();
+        }
+    }
+
+    /// Tells since when pages have been dirty.
+    fn dirty_since(&self) -> Option<Instant> {
+        self.dirty.lock().since
+    }
+}
+
+/// The background write-back thread's signals.
+#[derive(Debug, Default)]
+pub(crate) struct Flusher {
+    wanted: Mutex<Wanted>,
+    kicked: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Wanted {
+    kick: bool,
+    /// Somebody waits for a frame: write although little is dirty.
+    starved: bool,
+    stop: bool,
+}
+
+impl Cache {
+    /// Starts the background write-back thread; it ends with [`Cache::stop_flusher`].
+    ///
+    /// # Errors
+    /// The system refuses a thread.
+    pub fn start_flusher(self: &Arc<Self>) -> std::io::Result<std::thread::JoinHandle<()>> {
+        let cache = Arc::clone(self);
+        std::thread::Builder::new()
+            .name("pinfold-flush".into())
+            .spawn(move || cache.flush_loop())
+    }
+
+    /// Asks the background thread to end. What is dirty stays so.
+    pub fn stop_flusher(&self) {
+        self.flusher.wanted.lock().stop = true;
+        self.flusher.kicked.notify_all();
+    }
+
+    pub(crate) fn kick_flusher(&self, starved: bool) {
+        let mut wanted = self.flusher.wanted.lock();
+        wanted.starved |= starved;
+        if !wanted.kick {
+            wanted.kick = true;
+            self.flusher.kicked.notify_all();
+        }
+    }
+
+    /// Makes the flusher know a file that has dirty pages.
+    pub(crate) fn enlist_dirty(&self, file: &Arc<FilePages>) {
+        if !file.listed.load(Ordering::SeqCst) {
+            self.dirty_files.lock().insert(file.id(), Arc::clone(file));
+            file.listed.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Forgets files that have become clean.
+    fn delist_clean(&self) {
+        let mut gone = Vec::new();
+        self.dirty_files.lock().retain(|_, file| {
+            // First the flag, then the look: a writer dirties first and then looks at the flag.
+            file.listed.store(false, Ordering::SeqCst);
+            let keep = file.is_dirty();
+            if keep {
+                file.listed.store(true, Ordering::SeqCst);
+            } else {
+                gone.push(Arc::clone(file));
+            }
+            keep
+        });
+        // The last reference may go here: not under the lock.
+        drop(gone);
+    }
+
+    fn flush_loop(self: Arc<Self>) {
+        loop {
+            let starved = {
+                let mut wanted = self.flusher.wanted.lock();
+                if !wanted.kick && !wanted.stop {
+                    self.flusher
+                        .kicked
+                        .wait_for(&mut wanted, self.config.flush_interval);
+                }
+                if wanted.stop {
+                    return;
+                }
+                wanted.kick = false;
+                std::mem::take(&mut wanted.starved)
+            };
+            self.flush_once(starved);
+        }
+    }
+
+    /// Writes what is too old, and while too much is dirty, whatever is.
+    fn flush_once(&self, starved: bool) {
+        let mut visited = HashSet::new();
+        loop {
+            let pressed = starved || self.dirty_pages() > self.background_pages();
+            let now = Instant::now();
+            let mut candidates: Vec<(Instant, Arc<FilePages>)> = self
+                .dirty_files
+                .lock()
+                .values()
+                .filter_map(|file| Some((file.dirty_since()?, Arc::clone(file))))
+                .filter(|(since, file)| {
+                    let old = now.duration_since(*since) >= self.config.dirty_age_max;
+                    old && !visited.contains(&file.id()) || pressed
+                })
+                .collect();
+            candidates.sort_by_key(|(since, _)| *since);
+            let mut sent = 0;
+            for (_, file) in &candidates {
+                visited.insert(file.id());
+                // An error is recorded in the file's errseq, where fsync finds it.
+                sent += file
+                    .write_back(0..u64::MAX, Mode::Opportunistic)
+                    .unwrap_or(1);
+                if self.flusher.wanted.lock().stop {
+                    return;
+                }
+            }
+            self.delist_clean();
+            if sent == 0 || self.dirty_pages() <= self.background_pages() {
+                return;
+            }
+        }
+    }
+
+    /// Writes back everything that is dirty now, in every file.
+    ///
+    /// # Errors
+    /// The first error met; the rest is written all the same.
+    pub fn write_back_all(&self) -> Result<(), StoreError> {
+        let files: Vec<Arc<FilePages>> = self.dirty_files.lock().values().cloned().collect();
+        let mut first = None;
+        for file in files {
+            if let Err(error) = file.write_back(0..u64::MAX, Mode::Integrity) {
+                first.get_or_insert(error);
+            }
+        }
+        self.delist_clean();
+        first.map_or(Ok(()), Err)
+    }
+
+    fn limit_pages(&self) -> usize {
+        let bytes = self
+            .config
+            .dirty_limit
+            .unwrap_or(self.pages_max() as u64 * PAGE_SIZE / 2);
+        usize::try_from(bytes / PAGE_SIZE)
+            .unwrap_or(usize::MAX)
+            .clamp(8, self.pages_max() * 3 / 4)
+    }
+
+    fn background_pages(&self) -> usize {
+        self.limit_pages() / 2
+    }
+
+    /// Slows a writer down while too much is dirty. Called with no folio locked; an inode's lock or a glock may be
+    /// held, because write-back takes neither (G-6, H-5).
+    ///
+    /// Free up to half way between the background threshold and the limit; above that a sleep in proportion, at most
+    /// 200 ms at a time, ended early when enough was written; at the limit, until it is below.
+    ///
+    /// # Errors
+    /// `WouldBlock` for a caller that must not sleep, `Interrupted` when cancelled.
+    #[inline]
+    pub fn throttle(&self, pace: &Pace<'_>) -> Result<(), CacheError> {
+        let (limit, background) = (self.limit_pages(), self.background_pages());
+        let dirty = self.dirty_pages();
+        if dirty <= background {
+            return Ok(());
+        }
+        self.kick_flusher(false);
+        let free = usize::midpoint(limit, background);
+        if dirty <= free {
+            return Ok(());
+        }
+        self.pause(pace, limit, free)
+    }
+
+    #[cold]
+    fn pause(&self, pace: &Pace<'_>, limit: usize, free: usize) -> Result<(), CacheError> {
+        if pace.nowait {
+            return Err(CacheError::WouldBlock);
+        }
+        self.counters.throttled.bump();
+        loop {
+            let dirty = self.dirty_pages();
+            if dirty <= free {
+                return Ok(());
+            }
+            if pace
+                .cancelled
+                .is_some_and(|flag| flag.load(Ordering::Relaxed))
+            {
+                return Err(CacheError::Interrupted);
+            }
+            self.kick_flusher(false);
+            let share = (dirty - free) as f64 / (limit - free).max(1) as f64;
+            let until = Instant::now() + PAUSE_MAX.mul_f64(share.min(1.0));
+            while Instant::now() < until && self.dirty_pages() > free {
+                if pace
+                    .cancelled
+                    .is_some_and(|flag| flag.load(Ordering::Relaxed))
+                {
+                    return Err(CacheError::Interrupted);
+                }
+                self.wait_progress(until.min(Instant::now() + PAUSE_MAX / 10));
+            }
+            if self.dirty_pages() < limit {
+                return Ok(());
+            }
+        }
+    }
+}

@@ -1,0 +1,33 @@
+//! User memory, frames, and the system calls under them; the room where `unsafe` lives.
+//!
+//! *Owns*: the frame [`arena`], spans of user memory and the cursor over them ([`span`], [`iov`]), copies that
+//! survive faults ([`copy`]), fault-in ([`faultin`]), io_uring ([`uring`]), per-thread credentials ([`creds`]).
+//!
+//! *Does not own*: what a frame holds, when memory may be touched, any file.
+//!
+//! *Locking*: the arena's free list and a ring's submission queue are leaves (class 6). Nothing here blocks
+//! on another room.
+#![allow(
+    unsafe_code,
+    reason = "the one room that is allowed to; see docs/decisions/"
+)]
+
+pub mod arena;
+pub mod clock;
+pub mod copy;
+pub mod creds;
+pub mod exit;
+pub mod faultin;
+pub mod iov;
+pub mod limits;
+pub mod region;
+#[cfg(test)]
+mod region_for_tests;
+pub mod span;
+pub mod sys;
+pub mod uring;
+
+pub use arena::{Arena, ArenaError, Frame, FrameRun};
+pub use copy::{Access, CopyStop};
+pub use iov::{Direction, IovCursor};
+pub use span::{AlignedBuf, IoSpan, RawSpan, Segments};

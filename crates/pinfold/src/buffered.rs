@@ -1,0 +1,374 @@
+//! Buffered reads and writes: SEMANTICS.md section B.
+//!
+//! Copy first, without faults, under the folio lock (write) or a reference (read). Only a copy that came to nothing
+//! lets go of everything and brings the memory in; after two fruitless rounds at one place the bytes go through a
+//! bounce buffer. Every round commits a byte, or asks for fewer, or makes the next byte resident: it ends.
+
+use pinfold_base::{PAGE_SIZE, Progress};
+use pinfold_cache::{CacheError, Want};
+use pinfold_mem::{AlignedBuf, IovCursor, Segments};
+use std::sync::Arc;
+
+use crate::engine::Reserve;
+use crate::error::Error;
+use crate::file::File;
+use crate::io::{IoOptions, Next, Stalls, bad_buffer, bounce_in, clamp_write};
+
+const PAGE: usize = PAGE_SIZE as usize;
+
+impl File {
+    pub(crate) fn read_buffered(
+        &self,
+        cursor: &mut IovCursor<'_>,
+        offset: u64,
+        how: &IoOptions<'_>,
+    ) -> Progress<Error> {
+        let pages = self.inode().pages();
+        let (mut pos, mut done) = (offset, 0u64);
+        let mut stalls = Stalls::default();
+        let stop = loop {
+            let end = pages.end();
+            if cursor.count() == 0 || pos >= end {
+                break None;
+            }
+            if let Err(error) = how.check_cancelled() {
+                break Some(Error::cache("read", error));
+            }
+            let (page, at) = (pos / PAGE_SIZE, (pos % PAGE_SIZE) as usize);
+            let want = Want {
+                pages: (end - pos)
+                    .min(cursor.count() as u64)
+                    .saturating_add(at as u64)
+                    .div_ceil(PAGE_SIZE),
+                ahead: Some(self.ahead()),
+                nowait: how.nowait,
+            };
+            let found = match pages.read(page, &want) {
+                Ok(found) => found,
+                Err(error) => break Some(Error::cache("read", error)),
+            };
+            // The size again, after the page was seen valid: data is visible before size (B-4).
+            let below_end = usize::try_from(pages.end().saturating_sub(pos)).unwrap_or(usize::MAX);
+            let want = below_end.min(PAGE - at).min(cursor.count());
+            let copied = found.copy_out(at, want, cursor);
+            pos += copied.done;
+            done += copied.done;
+            if copied.done > 0 {
+                stalls.progressed();
+            }
+            let Some(stop) = copied.stop else {
+                continue;
+            };
+            if copied.done > 0 {
+                // What could be copied was; the next round starts at the failing byte.
+                continue;
+            }
+            let mut bounce = [0u8; PAGE];
+            found.read(at, &mut bounce[..want]);
+            drop(found);
+            match stalls.resolve(stop, cursor, want) {
+                Next::Retry => {}
+                Next::BadBuffer => break Some(bad_buffer("read", offset, cursor.count())),
+                Next::Bounce => {
+                    let moved = cursor.copy_slice_nofault(&mut bounce[..want]).done;
+                    if moved == 0 {
+                        break Some(bad_buffer("read", offset, cursor.count()));
+                    }
+                    pos += moved;
+                    done += moved;
+                    stalls.progressed();
+                }
+            }
+        };
+        Progress { done, stop }
+    }
+
+    /// Writes through the cache; returns the offset behind the last byte as well.
+    pub(crate) fn write_buffered(
+        &self,
+        cursor: &mut IovCursor<'_>,
+        offset: u64,
+        how: &IoOptions<'_>,
+    ) -> (Progress<Error>, u64) {
+        if !self.inode().object().readable() {
+            return self.write_through(cursor, offset, how);
+        }
+        let mut write = Write {
+            file: self,
+            how,
+            pos: offset,
+            placed: false,
+            done: 0,
+            stalls: Stalls::default(),
+            held_back: 0,
+        };
+        let stop = loop {
+            match write.locked_rounds(cursor) {
+                Rounds::Ended(stop) => break stop,
+                Rounds::Fault(stop, bytes) => {
+                    // Nothing is held here (rule zero).
+                    match write.stalls.resolve(stop, cursor, bytes) {
+                        Next::Retry => {}
+                        Next::BadBuffer => {
+                            break Some(bad_buffer("write", write.pos, cursor.count()));
+                        }
+                        Next::Bounce => {
+                            let (buf, len) = bounce_in(cursor);
+                            if len == 0 {
+                                break Some(bad_buffer("write", write.pos, cursor.count()));
+                            }
+                            if let Err(error) = write.from_bounce(cursor, buf, len) {
+                                break Some(error);
+                            }
+                        }
+                    }
+                }
+            }
+        };
+        cursor.reexpand(cursor.count() + write.held_back);
+        if write.done > 0 {
+            self.inode().pages().note_dirty_file();
+        }
+        (
+            Progress {
+                done: write.done,
+                stop,
+            },
+            write.pos,
+        )
+    }
+
+    /// Writes a file that cannot be read: straight to the store, byte by byte as given, so that no page ever needs its
+    /// other bytes.
+    fn write_through(
+        &self,
+        cursor: &mut IovCursor<'_>,
+        offset: u64,
+        how: &IoOptions<'_>,
+    ) -> (Progress<Error>, u64) {
+        let inode = self.inode();
+        let (mut pos, mut done) = (offset, 0u64);
+        let mut placed = false;
+        let stop = loop {
+            if cursor.count() == 0 {
+                break None;
+            }
+            let mark = cursor.mark();
+            let (buf, len) = bounce_in(cursor);
+            if len == 0 {
+                break Some(bad_buffer("write", pos, cursor.count()));
+            }
+            let _exclusive = inode.lock_exclusive();
+            if how.append && !placed {
+                pos = inode.len();
+            }
+            placed = true;
+            let len = match clamp_write(pos, len, inode.engine().file_size_limit) {
+                Ok(len) => len,
+                Err(error) => {
+                    cursor.restore(mark);
+                    break Some(error);
+                }
+            };
+            let segments = Segments::of_buf(&Arc::new(buf), len);
+            let written = inode.object().write_wait(pos, &segments);
+            cursor.restore(mark);
+            // At most BOUNCE_BYTES.
+            cursor.advance(written.done as usize);
+            pos += written.done;
+            done += written.done;
+            if written.done > 0 {
+                inode.pages().set_end(inode.len().max(pos));
+                inode.touch_modified();
+            }
+            if let Some(error) = written.stop {
+                break Some(Error::store("write", error));
+            }
+        };
+        (Progress { done, stop }, pos)
+    }
+}
+
+/// How a series of rounds under the inode's lock ended.
+enum Rounds {
+    /// All done, or stopped for good.
+    Ended(Option<Error>),
+    /// The byte the cursor is at could not be copied; so many bytes were wanted.
+    Fault(pinfold_mem::CopyStop, usize),
+}
+
+/// One buffered write under way.
+struct Write<'a> {
+    file: &'a File,
+    how: &'a IoOptions<'a>,
+    pos: u64,
+    /// Whether position and length have been settled under the lock.
+    placed: bool,
+    done: u64,
+    stalls: Stalls,
+    /// Bytes the limits took off the cursor's count.
+    held_back: usize,
+}
+
+impl Write<'_> {
+    /// Runs rounds under the inode's lock until all is written, something stops it, or memory has to be brought in.
+    fn locked_rounds(&mut self, cursor: &mut IovCursor<'_>) -> Rounds {
+        let inode = self.file.inode();
+        let _exclusive = if self.how.nowait {
+            match inode.try_lock_exclusive() {
+                Some(guard) => guard,
+                None => return Rounds::Ended(Some(Error::cache("write", CacheError::WouldBlock))),
+            }
+        } else {
+            inode.lock_exclusive()
+        };
+        if let Err(error) = self.place(cursor) {
+            return Rounds::Ended(Some(error));
+        }
+        // A copy that stopped inside a page whose rest is not valid commits nothing; the next asks for what was good.
+        let mut only = usize::MAX;
+        while cursor.count() > 0 {
+            let at = (self.pos % PAGE_SIZE) as usize;
+            let bytes = (PAGE - at).min(cursor.count()).min(only);
+            match self.round(at, bytes, cursor) {
+                Err(error) => return Rounds::Ended(Some(error)),
+                Ok(Round::Wrote) => {
+                    only = usize::MAX;
+                    self.stalls.progressed();
+                }
+                Ok(Round::OnlyGood(good)) => only = good,
+                Ok(Round::Fault(stop)) => return Rounds::Fault(stop, bytes),
+            }
+        }
+        Rounds::Ended(None)
+    }
+
+    /// Settles where the write goes and how much of it, once; under the lock that excludes other extenders (B-5).
+    fn place(&mut self, cursor: &mut IovCursor<'_>) -> Result<(), Error> {
+        let inode = self.file.inode();
+        if self.how.append && (self.done == 0 || self.pos < inode.len()) {
+            // After a fault others may have appended: the rest goes behind them, never over them.
+            self.pos = inode.len();
+        }
+        if self.placed {
+            return Ok(());
+        }
+        let engine = inode.engine();
+        let allowed = clamp_write(self.pos, cursor.count(), engine.file_size_limit)?;
+        self.held_back = cursor.truncate(allowed) - allowed;
+        self.placed = true;
+        if engine.reserve(cursor.count() as u64, inode.object().as_ref()) == Reserve::Exactly {
+            self.reserve_exactly(cursor)?;
+        }
+        Ok(())
+    }
+
+    /// Makes the store allocate what is about to be written, as far as it has room: ENOSPC is told now.
+    fn reserve_exactly(&mut self, cursor: &mut IovCursor<'_>) -> Result<(), Error> {
+        let object = self.file.inode().object();
+        let whole = self.pos..self.pos + cursor.count() as u64;
+        let refused = match object.allocate(whole.clone()) {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        if refused.errno == pinfold_base::Errno::EOPNOTSUPP {
+            return Ok(());
+        }
+        // Page by page: the longest prefix that fits is written (section B: maximal prefix).
+        let mut fits = self.pos;
+        while fits < whole.end {
+            let next = (fits / PAGE_SIZE + 1) * PAGE_SIZE;
+            if object.allocate(fits..next.min(whole.end)).is_err() {
+                break;
+            }
+            fits = next.min(whole.end);
+        }
+        if fits == self.pos {
+            return Err(Error::store("write", refused));
+        }
+        let allowed = usize::try_from(fits - self.pos).unwrap_or(usize::MAX);
+        self.held_back += cursor.truncate(allowed) - allowed;
+        Ok(())
+    }
+
+    /// One page's round: throttle, lock, copy, commit.
+    fn round(
+        &mut self,
+        at: usize,
+        bytes: usize,
+        cursor: &mut IovCursor<'_>,
+    ) -> Result<Round, Error> {
+        let inode = self.file.inode();
+        let pages = inode.pages();
+        let told = |error| Error::cache("write", error);
+        inode
+            .engine()
+            .cache
+            .throttle(&self.how.pace())
+            .map_err(told)?;
+        self.how.check_cancelled().map_err(told)?;
+        let old_end = pages.end();
+        if self.pos > old_end {
+            // What lies between the old end and the new data must read as zeros (INV7).
+            pages.zero_past_end(old_end);
+        }
+        let folio = pages
+            .write_begin(self.pos / PAGE_SIZE, at, at + bytes, self.how.nowait)
+            .map_err(told)?;
+        let copied = folio.copy_in(at, bytes, cursor);
+        // At most a page.
+        let good = copied.done as usize;
+        if good == 0 || (good < bytes && !folio.is_uptodate()) {
+            // Nothing becomes visible and the file does not grow (B-2, B-3).
+            drop(folio);
+            cursor.revert(good);
+            return Ok(match copied.stop {
+                Some(stop) if good == 0 => Round::Fault(stop),
+                _ => Round::OnlyGood(good),
+            });
+        }
+        folio.commit();
+        self.wrote(good as u64);
+        Ok(Round::Wrote)
+    }
+
+    /// Publishes `bytes` new bytes at the position.
+    fn wrote(&mut self, bytes: u64) {
+        let inode = self.file.inode();
+        self.pos += bytes;
+        self.done += bytes;
+        if self.pos > inode.len() {
+            inode.pages().set_end(self.pos);
+        }
+        inode.touch_modified();
+    }
+
+    /// Writes bytes that were taken into a bounce buffer: a copy from there cannot fault.
+    fn from_bounce(
+        &mut self,
+        cursor: &mut IovCursor<'_>,
+        mut buf: AlignedBuf,
+        len: usize,
+    ) -> Result<(), Error> {
+        let mut bounced = IovCursor::from_slice(&buf.as_mut_slice()[..len]);
+        let outcome = self.locked_rounds(&mut bounced);
+        // What was not written is still the caller's.
+        cursor.revert(bounced.count());
+        self.stalls.progressed();
+        match outcome {
+            Rounds::Ended(None) => Ok(()),
+            Rounds::Ended(Some(error)) => Err(error),
+            Rounds::Fault(..) => Err(bad_buffer("write", self.pos, len)),
+        }
+    }
+}
+
+/// How one round ended.
+enum Round {
+    /// What was asked for is in the file, or its good part.
+    Wrote,
+    /// Nothing is, but so many bytes could be copied: ask for just those.
+    OnlyGood(usize),
+    /// Not one byte could be copied.
+    Fault(pinfold_mem::CopyStop),
+}

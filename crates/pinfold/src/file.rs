@@ -1,0 +1,436 @@
+//! One open file description: what `open` returns.
+
+use std::fmt;
+use std::io::{self, IoSlice, IoSliceMut, SeekFrom};
+use std::ops::Range;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use pinfold_base::{Errno, PAGE_SIZE, Progress};
+use pinfold_cache::{Lease, ReadAhead, Sample, Want};
+use pinfold_mem::IovCursor;
+use pinfold_store::{Seek, SyncScope};
+
+use crate::error::{Error, Result};
+use crate::inode::Inode;
+use crate::io::{CALL_BYTES_MAX, IoOptions, check_range};
+use crate::node::Node;
+
+/// What an open file description may do, and how.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Access {
+    /// Reading is allowed.
+    pub read: bool,
+    /// Writing is allowed.
+    pub write: bool,
+    /// Writes go to the end whatever the offset says (O_APPEND).
+    pub append: bool,
+    /// I/O by-passes the cache (O_DIRECT).
+    pub direct: bool,
+    /// Writes return when they are durable (O_DSYNC).
+    pub dsync: bool,
+}
+
+/// An open file.
+///
+/// Offsets and lengths are bytes. All methods may be called from several threads; the file position of `Read`, `Write`
+/// and `Seek` is shared by them.
+pub struct File {
+    node: Node,
+    inode: Arc<Inode>,
+    access: Access,
+    ahead: ReadAhead,
+    seen: Mutex<Sample>,
+    position: Mutex<u64>,
+}
+
+impl fmt::Debug for File {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("File")
+            .field("inode", &self.inode)
+            .field("access", &self.access)
+            .finish_non_exhaustive()
+    }
+}
+
+impl File {
+    pub(crate) fn new(node: Node, inode: Arc<Inode>, access: Access) -> Self {
+        let seen = inode.opened();
+        Self {
+            node,
+            inode,
+            access,
+            ahead: ReadAhead::default(),
+            seen: Mutex::new(seen),
+            position: Mutex::new(0),
+        }
+    }
+
+    /// Returns the inode's name-space side.
+    #[must_use]
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// Returns what this description may do.
+    #[must_use]
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    pub(crate) fn inode(&self) -> &Arc<Inode> {
+        &self.inode
+    }
+
+    pub(crate) fn ahead(&self) -> &ReadAhead {
+        &self.ahead
+    }
+
+    /// Returns the size in bytes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.inode.len()
+    }
+
+    /// Tells whether the file is empty.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn may_read(&self, operation: &'static str) -> Result<()> {
+        if self.access.read {
+            return Ok(());
+        }
+        Err(Error::invalid(operation, Errno::EBADF))
+    }
+
+    fn may_write(&self, operation: &'static str) -> Result<()> {
+        if self.access.write {
+            return Ok(());
+        }
+        Err(Error::invalid(operation, Errno::EBADF))
+    }
+
+    /// Reads at `offset` into `buf`; returns the bytes read, fewer only at the end of the file or before an error.
+    ///
+    /// # Errors
+    /// `EBADF` if not open for reading, `EINVAL` for an offset no file reaches, `EFAULT`, the store's errors.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
+        let mut cursor = IovCursor::from_mut_slice(buf);
+        posix(self.read_cursor(&mut cursor, offset, &IoOptions::default()))
+    }
+
+    /// Reads at `offset` into several buffers in turn.
+    ///
+    /// # Errors
+    /// As [`File::read_at`].
+    pub fn read_vectored_at(&self, bufs: &mut [IoSliceMut<'_>], offset: u64) -> Result<usize> {
+        let mut cursor = IovCursor::target(bufs);
+        posix(self.read_cursor(&mut cursor, offset, &IoOptions::default()))
+    }
+
+    /// Writes `buf` at `offset` (at the end, if open for appending); returns the bytes written, fewer only before an
+    /// error.
+    ///
+    /// # Errors
+    /// `EBADF` if not open for writing, `EINVAL` for an offset no file reaches, `EFBIG`, `EFAULT`, `ENOSPC`, the store's
+    /// errors.
+    pub fn write_at(&self, buf: &[u8], offset: u64) -> Result<usize> {
+        let mut cursor = IovCursor::from_slice(buf);
+        posix(self.write_cursor(&mut cursor, offset, &IoOptions::default()))
+    }
+
+    /// Writes several buffers in turn at `offset`.
+    ///
+    /// # Errors
+    /// As [`File::write_at`].
+    pub fn write_vectored_at(&self, bufs: &[IoSlice<'_>], offset: u64) -> Result<usize> {
+        let mut cursor = IovCursor::source(bufs);
+        posix(self.write_cursor(&mut cursor, offset, &IoOptions::default()))
+    }
+
+    /// Writes at the end whatever others write meanwhile; returns where, and the bytes written.
+    ///
+    /// # Errors
+    /// As [`File::write_at`].
+    pub fn append(&self, buf: &[u8]) -> Result<(u64, usize)> {
+        let how = IoOptions {
+            append: true,
+            ..IoOptions::default()
+        };
+        let mut cursor = IovCursor::from_slice(buf);
+        let (progress, end) = self.write_and_place(&mut cursor, 0, &how);
+        let done = posix(progress)?;
+        Ok((end - done as u64, done))
+    }
+
+    /// Reads at `offset` into whatever the cursor names; bad addresses end it with `EFAULT` after the bytes before them.
+    pub fn read_cursor(
+        &self,
+        cursor: &mut IovCursor<'_>,
+        offset: u64,
+        how: &IoOptions<'_>,
+    ) -> Progress<Error> {
+        if let Err(error) = self
+            .may_read("read")
+            .and_then(|()| check_range("read", offset, cursor.count()))
+        {
+            return Progress::stopped(0, error);
+        }
+        let held_back = cursor.count().saturating_sub(CALL_BYTES_MAX);
+        cursor.truncate(CALL_BYTES_MAX);
+        let progress = if self.access.direct {
+            self.read_direct(cursor, offset, how)
+        } else {
+            self.read_buffered(cursor, offset, how)
+        };
+        cursor.reexpand(cursor.count() + held_back);
+        progress
+    }
+
+    /// Writes what the cursor names at `offset`; bad addresses end it with `EFAULT` after the bytes before them.
+    pub fn write_cursor(
+        &self,
+        cursor: &mut IovCursor<'_>,
+        offset: u64,
+        how: &IoOptions<'_>,
+    ) -> Progress<Error> {
+        self.write_and_place(cursor, offset, how).0
+    }
+
+    /// Writes, and tells the offset behind the last byte written.
+    fn write_and_place(
+        &self,
+        cursor: &mut IovCursor<'_>,
+        offset: u64,
+        how: &IoOptions<'_>,
+    ) -> (Progress<Error>, u64) {
+        let checks = self
+            .may_write("write")
+            .and_then(|()| check_range("write", offset, cursor.count()));
+        if let Err(error) = checks {
+            return (Progress::stopped(0, error), offset);
+        }
+        if cursor.count() == 0 {
+            return (Progress::complete(0), offset);
+        }
+        let how = IoOptions {
+            append: how.append || self.access.append,
+            dsync: how.dsync || self.access.dsync,
+            ..*how
+        };
+        let (progress, end) = if self.access.direct {
+            self.write_direct(cursor, offset, &how)
+        } else {
+            self.write_buffered(cursor, offset, &how)
+        };
+        if how.dsync && progress.done > 0 {
+            let mut seen = *self.seen.lock();
+            if let Err(error) = self.inode.sync(SyncScope::Data, &mut seen) {
+                *self.seen.lock() = seen;
+                // A sync error replaces the count (section C).
+                return (Progress::stopped(0, error), end);
+            }
+        }
+        (progress, end)
+    }
+
+    /// Reads at the file position and moves it by what was read.
+    pub fn read_next_cursor(
+        &self,
+        cursor: &mut IovCursor<'_>,
+        how: &IoOptions<'_>,
+    ) -> Progress<Error> {
+        let mut position = self.position.lock();
+        let progress = self.read_cursor(cursor, *position, how);
+        *position += progress.done;
+        progress
+    }
+
+    /// Writes at the file position (the end, if open for appending) and moves it by what was written.
+    pub fn write_next_cursor(
+        &self,
+        cursor: &mut IovCursor<'_>,
+        how: &IoOptions<'_>,
+    ) -> Progress<Error> {
+        let mut position = self.position.lock();
+        let (progress, end) = self.write_and_place(cursor, *position, how);
+        if progress.done > 0 {
+            *position = end;
+        }
+        progress
+    }
+
+    /// Lends the cached bytes at `offset` for a reply that is sent from our frames: at most `len` bytes, fewer at the end
+    /// of the file.
+    ///
+    /// # Errors
+    /// As [`File::read_at`], when not even the first byte can be had.
+    pub fn lend(&self, offset: u64, len: usize) -> Result<Lease> {
+        self.may_read("read")?;
+        check_range("read", offset, len)?;
+        let pages = self.inode.pages();
+        let mut lease = Lease::new(pages);
+        let mut pos = offset;
+        let stop = offset.saturating_add(len as u64);
+        while pos < stop.min(pages.end()) {
+            let (page, at) = (pos / PAGE_SIZE, (pos % PAGE_SIZE) as usize);
+            let want = Want {
+                pages: (stop.min(pages.end()))
+                    .div_ceil(PAGE_SIZE)
+                    .saturating_sub(page)
+                    .max(1),
+                ahead: Some(&self.ahead),
+                nowait: false,
+            };
+            let found = match pages.read(page, &want) {
+                Ok(found) => found,
+                Err(_) if !lease.is_empty() => break,
+                Err(error) => return Err(Error::cache("read", error)),
+            };
+            // The size again, after the page was seen valid (B-4).
+            let end = stop.min(pages.end());
+            let n = end.saturating_sub(pos).min(PAGE_SIZE - at as u64);
+            if n == 0 {
+                break;
+            }
+            lease.push(found, at, n as usize);
+            pos += n;
+        }
+        Ok(lease)
+    }
+
+    /// Sets the size: what is cut off is gone, what is added reads as zeros.
+    ///
+    /// # Errors
+    /// `EINVAL` if not open for writing, `EFBIG`, the store's errors.
+    pub fn set_len(&self, len: u64) -> Result<()> {
+        self.may_write("set the size of")
+            .map_err(|_| Error::invalid("set the size of", Errno::EINVAL))?;
+        self.inode.set_len(len)
+    }
+
+    /// Writes back and makes data, size and times durable. Reports each write-back error of this file once per
+    /// open file.
+    ///
+    /// # Errors
+    /// The error of a write-back since the last report, or of this one.
+    pub fn sync_all(&self) -> Result<()> {
+        self.inode.sync(SyncScope::All, &mut self.seen.lock())
+    }
+
+    /// Writes back and makes data durable, and of the rest what is needed to read it.
+    ///
+    /// # Errors
+    /// As [`File::sync_all`].
+    pub fn sync_data(&self) -> Result<()> {
+        self.inode.sync(SyncScope::Data, &mut self.seen.lock())
+    }
+
+    /// Starts nothing that lasts: writes back the dirty pages of `range` and waits, without making them durable
+    /// (sync_file_range).
+    ///
+    /// # Errors
+    /// The first error of storing a page.
+    pub fn write_back(&self, range: Range<u64>) -> Result<()> {
+        self.inode
+            .flush_range(range)
+            .map_err(|error| Error::store("write back", error))
+    }
+
+    /// Writes back and drops the cached pages: the next read comes from the store.
+    ///
+    /// # Errors
+    /// The first error of storing a page.
+    pub fn drop_cache(&self) -> Result<()> {
+        self.inode.drop_cache()
+    }
+
+    /// Finds the next data or hole at or after `offset`, dirty pages counting as data; `None` past the end.
+    ///
+    /// # Errors
+    /// The store's errors.
+    pub fn seek_to(&self, what: Seek, offset: u64) -> Result<Option<u64>> {
+        if offset >= self.len() {
+            return Ok(None);
+        }
+        // What is dirty has to be there to be found: the store knows nothing of it yet.
+        self.inode.flush()?;
+        self.inode
+            .object()
+            .seek(what, offset)
+            .map_err(|error| Error::store("seek in", error))
+    }
+
+    /// Ends this description: writes back what is dirty if it was the last one, and tells about errors not yet reported.
+    ///
+    /// Dropping does the same in silence.
+    ///
+    /// # Errors
+    /// The error of a write-back since the last report.
+    pub fn close(self) -> Result<()> {
+        self.inode.flush()?;
+        match self
+            .inode
+            .pages()
+            .errors()
+            .check_and_advance(&mut self.seen.lock())
+        {
+            None => Ok(()),
+            Some(errno) => Err(Error::new("close", crate::error::ErrorKind::Store(errno))),
+        }
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        self.inode.closed();
+        self.node.file_closed();
+    }
+}
+
+fn posix(progress: Progress<Error>) -> Result<usize> {
+    // A call moves at most CALL_BYTES_MAX bytes, a usize.
+    progress.posix().map(|done| done as usize)
+}
+
+impl io::Read for &File {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let mut cursor = IovCursor::from_mut_slice(buf);
+        Ok(posix(
+            self.read_next_cursor(&mut cursor, &IoOptions::default()),
+        )?)
+    }
+}
+
+impl io::Write for &File {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        let mut cursor = IovCursor::from_slice(buf);
+        Ok(posix(
+            self.write_next_cursor(&mut cursor, &IoOptions::default()),
+        )?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl io::Seek for &File {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let mut position = self.position.lock();
+        let target = match to {
+            SeekFrom::Start(offset) => Some(offset),
+            SeekFrom::Current(by) => position.checked_add_signed(by),
+            SeekFrom::End(by) => self.len().checked_add_signed(by),
+        };
+        match target.filter(|&offset| offset <= pinfold_base::units::FILE_SIZE_MAX) {
+            Some(offset) => {
+                *position = offset;
+                Ok(offset)
+            }
+            None => Err(Errno::EINVAL.into()),
+        }
+    }
+}

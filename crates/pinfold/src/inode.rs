@@ -1,0 +1,258 @@
+//! The data of one file: its pages, its locks, its size and the times that writes move.
+//!
+//! Lock order here: `lock` (class 1), the gate (class 4), folios (class 5). Fault-in happens with none of them held.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::SystemTime;
+
+use pinfold_base::rank::{Rank, ReadGuard, RwLock, WriteGuard};
+use pinfold_base::{Errno, PAGE_SIZE, page_span};
+use pinfold_cache::{FilePages, Mode, Owner, Sample};
+use pinfold_mem::clock;
+use pinfold_store::{Object, StoreError, SyncScope};
+
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+
+/// Told when the engine has changed the stored file, so that times can be put right; implemented by the node.
+pub(crate) trait Backing: Send + Sync {
+    /// The stored bytes were written by the engine; the file's logical modification time is `modified`.
+    fn stored(&self, modified: SystemTime);
+}
+
+/// One file's data.
+pub struct Inode {
+    engine: Arc<Engine>,
+    pages: Arc<FilePages>,
+    lock: RwLock<()>,
+    /// When a write last changed the file, on the coarse clock; 0: not since it was loaded.
+    modified_ns: AtomicU64,
+    /// Whether `modified_ns` has not been told to the backing yet.
+    times_pending: AtomicBool,
+    openers: AtomicUsize,
+    backing: Weak<dyn Backing>,
+}
+
+impl fmt::Debug for Inode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Inode")
+            .field("pages", &self.pages)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Inode {
+    /// Makes the data side of a file that is stored in `object` with `len` bytes.
+    pub(crate) fn new(
+        engine: &Arc<Engine>,
+        object: Arc<dyn Object>,
+        len: u64,
+        backing: Weak<dyn Backing>,
+    ) -> Arc<Self> {
+        let inode = Arc::new(Self {
+            engine: Arc::clone(engine),
+            pages: FilePages::new(&engine.cache, object, len),
+            lock: RwLock::new(Rank::Inode, ()),
+            modified_ns: AtomicU64::new(0),
+            times_pending: AtomicBool::new(false),
+            openers: AtomicUsize::new(0),
+            backing,
+        });
+        let owner: Weak<Self> = Arc::downgrade(&inode);
+        inode.pages.set_owner(owner);
+        inode
+    }
+
+    pub(crate) fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
+    pub(crate) fn pages(&self) -> &Arc<FilePages> {
+        &self.pages
+    }
+
+    pub(crate) fn object(&self) -> &Arc<dyn Object> {
+        self.pages.object()
+    }
+
+    /// Takes the inode's lock shared.
+    pub(crate) fn lock_shared(&self) -> ReadGuard<'_, ()> {
+        self.lock.read()
+    }
+
+    /// Takes the inode's lock exclusive.
+    pub(crate) fn lock_exclusive(&self) -> WriteGuard<'_, ()> {
+        self.lock.write()
+    }
+
+    /// Takes the inode's lock exclusive if that needs no waiting.
+    pub(crate) fn try_lock_exclusive(&self) -> Option<WriteGuard<'_, ()>> {
+        self.lock.try_write()
+    }
+
+    /// Returns the live size in bytes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.pages.end()
+    }
+
+    /// Tells whether something waits to be stored.
+    #[must_use]
+    pub fn is_dirty(&self) -> bool {
+        self.pages.is_dirty() || self.times_pending.load(Ordering::Acquire)
+    }
+
+    /// Returns when a write last changed the file, if one did since it was loaded or since
+    /// [`Inode::forget_modified`].
+    #[must_use]
+    pub fn modified(&self) -> Option<SystemTime> {
+        match self.modified_ns.load(Ordering::Acquire) {
+            0 => None,
+            ns => Some(clock::time_of(ns)),
+        }
+    }
+
+    /// Forgets the live time: somebody has set the stored times explicitly.
+    pub fn forget_modified(&self) {
+        self.modified_ns.store(0, Ordering::Release);
+        self.times_pending.store(false, Ordering::Release);
+    }
+
+    /// Notes that the contents change now.
+    #[inline]
+    pub(crate) fn touch_modified(&self) {
+        self.modified_ns.store(clock::now_ns(), Ordering::Release);
+        if !self.times_pending.load(Ordering::Relaxed) {
+            self.times_pending.store(true, Ordering::Release);
+        }
+    }
+
+    /// Counts an open; the first of a file that nobody had open samples nothing yet.
+    pub(crate) fn opened(&self) -> Sample {
+        self.openers.fetch_add(1, Ordering::AcqRel);
+        self.pages.errors().sample()
+    }
+
+    /// Counts a close; the last one writes back what is dirty, so that it outlives the process.
+    pub(crate) fn closed(&self) {
+        if self.openers.fetch_sub(1, Ordering::AcqRel) == 1 {
+            // An error stays in the errseq: the next opener's fsync reports it.
+            let _ = self.flush();
+        }
+    }
+
+    /// Tells whether any file description refers to this inode.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.openers.load(Ordering::Acquire) > 0
+    }
+
+    /// Writes back what is dirty and puts the stored times right. Does not make it durable.
+    ///
+    /// # Errors
+    /// The first error of storing a page.
+    pub fn flush(&self) -> Result<()> {
+        self.flush_range(0..u64::MAX)
+            .map_err(|error| Error::store("write back", error))
+    }
+
+    pub(crate) fn flush_range(&self, bytes: Range<u64>) -> std::result::Result<(), StoreError> {
+        let len = bytes.end.saturating_sub(bytes.start);
+        let outcome = self
+            .pages
+            .write_back(page_span(bytes.start, len), Mode::Integrity);
+        self.tell_times();
+        outcome.map(drop)
+    }
+
+    fn tell_times(&self) {
+        if self.times_pending.swap(false, Ordering::AcqRel)
+            && let (Some(backing), Some(modified)) = (self.backing.upgrade(), self.modified())
+        {
+            backing.stored(modified);
+        }
+    }
+
+    /// Writes back and makes durable, then reports an error not yet reported through `sample`.
+    pub(crate) fn sync(&self, scope: SyncScope, sample: &mut Sample) -> Result<()> {
+        let flushed = self.flush_range(0..u64::MAX);
+        if let Err(error) = self.object().sync(scope) {
+            self.pages.errors().set(error.errno);
+        }
+        match self.pages.errors().check_and_advance(sample) {
+            None => Ok(()),
+            Some(errno) => Err(match flushed {
+                Err(error) if error.errno == errno => Error::store("sync", error),
+                _ => Error::new("sync", crate::error::ErrorKind::Store(errno)),
+            }),
+        }
+    }
+
+    /// Sets the size: what is cut off is gone, what is added reads as zeros.
+    ///
+    /// # Errors
+    /// `EFBIG` beyond the largest file; the store's refusal, with the size then as the store has it.
+    pub fn set_len(&self, len: u64) -> Result<()> {
+        if len > pinfold_base::units::FILE_SIZE_MAX {
+            return Err(Error::invalid("set the size of", Errno::EFBIG));
+        }
+        let _exclusive = self.lock_exclusive();
+        self.set_len_locked(len)
+    }
+
+    pub(crate) fn set_len_locked(&self, len: u64) -> Result<()> {
+        let old = self.pages.end();
+        let _blocked = self.pages.gate().block();
+        if len < old {
+            // Size first, so that no reader goes past it; then the pages; then the store (section F, truncate).
+            self.pages.set_end(len);
+            self.pages.zero_past_end(len);
+            self.pages.discard(len.div_ceil(PAGE_SIZE)..u64::MAX);
+        } else if len > old {
+            self.pages.zero_past_end(old);
+        }
+        if let Err(error) = self.object().set_len(len) {
+            self.pages
+                .set_end(self.object().len().unwrap_or(old).max(len.min(old)));
+            return Err(Error::store("set the size of", error));
+        }
+        self.pages.set_end(len);
+        self.touch_modified();
+        // The store's file has just changed its own times.
+        self.tell_times();
+        Ok(())
+    }
+
+    /// Writes back, then drops all clean cached pages.
+    ///
+    /// # Errors
+    /// The first error of storing a page.
+    pub fn drop_cache(&self) -> Result<()> {
+        self.flush()?;
+        self.pages.invalidate(0..u64::MAX);
+        Ok(())
+    }
+
+    /// Takes over a size that somebody else gave the stored file: drops the clean pages. `false`, and nothing
+    /// is changed, when newer data is cached.
+    pub(crate) fn reload(&self, len: u64) -> bool {
+        let _exclusive = self.lock_exclusive();
+        let _blocked = self.pages.gate().block();
+        if self.pages.is_dirty() {
+            return false;
+        }
+        self.pages.invalidate(0..u64::MAX);
+        self.pages.set_end(len);
+        self.forget_modified();
+        true
+    }
+}
+
+impl Owner for Inode {
+    fn wrote_back(&self) {
+        self.tell_times();
+    }
+}

@@ -1,0 +1,59 @@
+//! Files served by a page cache in this process: buffered and direct I/O over a directory, any buffer safe.
+//!
+//! *Owns*: the public door ([`Volume`], [`Node`], [`File`]), the order of locks on every path, sizes, times, and
+//! what a call does when its buffer is not there.
+//!
+//! *Does not own*: raw system calls, page states, how bytes are stored.
+//!
+//! *Locking*: an inode's lock (class 1), then the gate (4), then folios (5); SEMANTICS.md section I has the table. User
+//! memory is brought in with nothing held (rule zero, INV9).
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let scratch = tempfile::tempdir()?;
+//! # let dir = scratch.path();
+//! use pinfold::{OpenOptions, Volume};
+//!
+//! let volume = Volume::builder().memory(16 << 20).open_dir(dir)?;
+//! let options = OpenOptions::new().read(true).write(true).create(true);
+//! let file = volume.open("notes.txt", &options)?;
+//! file.write_at(b"served from memory, kept in the directory", 0)?;
+//! let mut buf = [0; 6];
+//! assert_eq!(file.read_at(&mut buf, 12)?, 6);
+//! assert_eq!(&buf, b"memory");
+//! file.sync_all()?;
+//! # drop(file);
+//! volume.close()?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod buffered;
+mod direct;
+mod directory;
+mod engine;
+mod error;
+mod file;
+mod inode;
+mod io;
+mod metadata;
+mod node;
+mod open_options;
+mod resize;
+mod volume;
+
+pub use directory::Directory;
+pub use error::{Error, ErrorKind, Result};
+pub use file::{Access, File};
+pub use io::{CALL_BYTES_MAX, Cancel, IoOptions};
+pub use metadata::{Caller, Kind, Metadata, NodeId, Owner, SetAttributes, SetTime, Statfs};
+pub use node::{Node, RenameFlags, SetXattr};
+pub use open_options::OpenOptions;
+pub use pinfold_base::{ByteOffset, Errno, PAGE_SIZE, PageIndex, Progress};
+pub use pinfold_cache::{CacheSnapshot, Lease, MEMORY_MIN};
+pub use pinfold_mem::sys::writev_spans;
+pub use pinfold_mem::{AlignedBuf, Direction, IoSpan, IovCursor, RawSpan, faultin};
+pub use pinfold_store::dir::namespace::DirEntry;
+pub use pinfold_store::{Object, Seek, StoreError, testing};
+pub use resize::AllocateMode;
+pub use volume::{Statistics, Volume, VolumeBuilder};

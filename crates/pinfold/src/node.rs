@@ -1,0 +1,773 @@
+//! An inode the volume holds: names, attributes, and the way to its data.
+//!
+//! *Owns*: one [`Node`] for each inode (hard links share it), the operations of the name space, how cached sizes and
+//! times are merged with the store's, and noticing that somebody else changed a stored file (SEMANTICS.md section K).
+//!
+//! *Does not own*: the data and its locks ([`Inode`]), descriptors (the name space and the file's object).
+//!
+//! *Locking*: a node's own locks are taken with nothing held and keep their place outside class 1: `life` orders opening
+//! against the loss of the last name, `stamps` orders what is done to the stored times against reading them.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
+use std::time::SystemTime;
+
+use parking_lot::Mutex;
+use pinfold_base::Errno;
+use pinfold_store::Object;
+use pinfold_store::dir::namespace::{Change, Handle, Stat, TimeChange, Timestamp};
+use pinfold_store::dir::object::DirObject;
+
+pub use pinfold_store::dir::namespace::{RenameFlags, SetXattr};
+
+use crate::directory::Directory;
+use crate::error::{Error, ErrorKind, Result};
+use crate::file::File;
+use crate::inode::{Backing, Inode};
+use crate::metadata::{Kind, Metadata, NodeId, Owner, SetAttributes, SetTime, Statfs};
+use crate::open_options::OpenOptions;
+
+mod tree;
+mod watch;
+
+pub(crate) use tree::{ObjectLayer, Tree};
+use watch::{Quiet, Watch, Watched};
+
+const S_ISUID: u32 = libc::S_ISUID;
+const S_ISGID: u32 = libc::S_ISGID;
+const S_IXGRP: u32 = libc::S_IXGRP;
+
+/// An inode of a volume. Clones are the same inode, and compare equal.
+#[derive(Clone)]
+pub struct Node(Arc<Vnode>);
+
+/// What the clones of a node share.
+pub(crate) struct Vnode {
+    tree: Arc<Tree>,
+    handle: Arc<Handle>,
+    /// Only regular files have any; made when it is first needed.
+    data: OnceLock<Data>,
+    /// Taken to make `data`.
+    making: Mutex<()>,
+    life: Mutex<Life>,
+    stamps: Mutex<Stamps>,
+    used: AtomicBool,
+    /// Counts the times somebody else's change made cached contents void.
+    strangers: AtomicU64,
+}
+
+/// The data side of a regular file.
+struct Data {
+    inode: Arc<Inode>,
+    object: Arc<DirObject>,
+    watch: Arc<Watch>,
+}
+
+#[derive(Debug, Default)]
+struct Life {
+    /// The last name is gone: the data goes with the last opener.
+    orphan: bool,
+}
+
+/// Times, and what the stored file said when nothing of ours was under way.
+#[derive(Debug, Default)]
+struct Stamps {
+    /// What somebody else's change would alter.
+    seen: Option<Seen>,
+    /// The time of change to report while the stored one is `seen`'s: write-back moves that, but is no change.
+    changed: Timestamp,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Seen {
+    size: u64,
+    modified: Timestamp,
+    changed: Timestamp,
+}
+
+impl Seen {
+    fn of(stat: &Stat) -> Self {
+        Self {
+            size: stat.size,
+            modified: stat.modified,
+            changed: stat.changed,
+        }
+    }
+}
+
+impl fmt::Debug for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Node({:?})", self.0.handle)
+    }
+}
+
+impl PartialEq for Node {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Node {}
+
+impl Hash for Node {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.id().hash(state);
+    }
+}
+
+fn failed(operation: &'static str) -> impl Fn(Errno) -> Error {
+    move |errno| Error::name(operation, errno)
+}
+
+fn failed_at<'a>(operation: &'static str, name: &'a OsStr) -> impl Fn(Errno) -> Error + 'a {
+    move |errno| Error::name(operation, errno).at_path(name)
+}
+
+impl Node {
+    /// Returns which inode it is.
+    #[must_use]
+    pub fn id(&self) -> NodeId {
+        self.0.handle.id()
+    }
+
+    /// Returns what it is.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.0.handle.kind()
+    }
+
+    /// Returns the attributes, with the live size and times of cached changes.
+    ///
+    /// # Errors
+    /// The store's errors.
+    pub fn attributes(&self) -> Result<Metadata> {
+        self.0.attributes().map_err(failed("read attributes of"))
+    }
+
+    /// Returns a number that changes whenever somebody else is found to have changed the stored file: whoever
+    /// caches contents of it beside the volume throws them away then.
+    #[must_use]
+    pub fn content_version(&self) -> u64 {
+        self.0.strangers.load(Ordering::Acquire)
+    }
+
+    /// Changes attributes and returns what they are then. A change before a failing one stays.
+    ///
+    /// Setting the time of modification writes back what is dirty first, so that write-back does not move it later.
+    ///
+    /// # Errors
+    /// `EPERM`, `EINVAL` for the size of what is no file, the store's errors.
+    pub fn set_attributes(&self, set: &SetAttributes) -> Result<Metadata> {
+        const OPERATION: &str = "change attributes of";
+        if let Some(len) = set.len {
+            match self.kind() {
+                Kind::File => self.data()?.inode.set_len(len)?,
+                Kind::Directory => return Err(Error::name(OPERATION, Errno::EISDIR)),
+                _ => return Err(Error::name(OPERATION, Errno::EINVAL)),
+            }
+        }
+        let change = Change {
+            permissions: set.permissions,
+            uid: set.uid,
+            gid: set.gid,
+            accessed: set.accessed.into(),
+            modified: set.modified.into(),
+        };
+        if change == Change::default() {
+            return self.attributes();
+        }
+        let sets_modified = set.modified != SetTime::Keep;
+        if sets_modified && let Some(data) = self.0.data.get() {
+            // An error stays with the file: fsync reports it.
+            let _ = data.inode.flush();
+        }
+        self.0
+            .change(&change, sets_modified)
+            .map_err(failed(OPERATION))
+    }
+
+    /// Clears the set-user-id bit, and set-group-id where it takes effect: what a write by somebody
+    /// unprivileged does.
+    ///
+    /// # Errors
+    /// The store's errors.
+    pub fn clear_set_id_bits(&self) -> Result<()> {
+        let operation = failed("change attributes of");
+        let old = self.0.handle.stat().map_err(&operation)?.permissions;
+        let mut new = old & !S_ISUID;
+        if old & S_IXGRP != 0 {
+            new &= !S_ISGID;
+        }
+        if new == old {
+            return Ok(());
+        }
+        let change = Change {
+            permissions: Some(new),
+            ..Change::default()
+        };
+        self.0.change(&change, false).map(drop).map_err(operation)
+    }
+
+    /// Finds `name` in this directory.
+    ///
+    /// # Errors
+    /// `ENOENT`, `ENOTDIR`; `EINVAL` for `.`, `..` and what contains a slash.
+    pub fn lookup(&self, name: &OsStr) -> Result<Self> {
+        self.lookup_attributes(name).map(|(node, _)| node)
+    }
+
+    /// Finds `name` in this directory, and its attributes in the same go.
+    ///
+    /// # Errors
+    /// As [`Node::lookup`].
+    pub fn lookup_attributes(&self, name: &OsStr) -> Result<(Self, Metadata)> {
+        let found = self.0.handle.lookup(name);
+        let (handle, stat) = found.map_err(failed_at("look up", name))?;
+        Ok(self.adopt(handle, stat))
+    }
+
+    fn adopt(&self, handle: Arc<Handle>, stat: Stat) -> (Self, Metadata) {
+        let node = self.0.tree.node(handle, &stat);
+        let merged = match node.0.data.get() {
+            // Its cached changes count, and it may have changed since `stat` was read.
+            Some(_) => node.attributes().ok(),
+            None => None,
+        };
+        let metadata = merged.unwrap_or_else(|| Metadata::from(&stat));
+        (node, metadata)
+    }
+
+    /// Creates a regular file, or opens the one there is unless `options` ask for a new one.
+    ///
+    /// # Errors
+    /// What open(2) says with `O_CREAT`.
+    pub fn create(
+        &self,
+        name: &OsStr,
+        options: &OpenOptions,
+        owner: Owner,
+    ) -> Result<(Self, File)> {
+        const OPERATION: &str = "create";
+        let mode = options.create_mode();
+        match self.0.handle.create(name, mode, owner.caller()) {
+            Ok((handle, stat, fd)) => {
+                let node = self.0.tree.node(handle, &stat);
+                let file = node.open_made(options, fd)?;
+                Ok((node, file))
+            }
+            Err(Errno::EEXIST) if !options.wants_new() => {
+                let node = self.lookup(name)?;
+                let file = node.open(options)?;
+                Ok((node, file))
+            }
+            Err(errno) => Err(failed_at(OPERATION, name)(errno)),
+        }
+    }
+
+    /// Creates a regular file without a name (`O_TMPFILE`) in this directory's filesystem; [`Node::link`] gives it one.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where the store cannot.
+    pub fn temporary(&self, options: &OpenOptions, owner: Owner) -> Result<(Self, File)> {
+        let made = self
+            .0
+            .handle
+            .create_unnamed(options.create_mode(), owner.caller());
+        let (handle, stat, fd) = made.map_err(failed("create a temporary file"))?;
+        let node = self.0.tree.node(handle, &stat);
+        node.0.life.lock().orphan = true;
+        let file = node.open_made(options, fd)?;
+        Ok((node, file))
+    }
+
+    /// Makes a directory.
+    ///
+    /// # Errors
+    /// What mkdir(2) says.
+    pub fn make_dir(&self, name: &OsStr, mode: u32, owner: Owner) -> Result<Self> {
+        let made = self.0.handle.make_dir(name, mode, owner.caller());
+        let (handle, stat) = made.map_err(failed_at("create directory", name))?;
+        Ok(self.0.tree.node(handle, &stat))
+    }
+
+    /// Makes an inode of any kind but directory and symbolic link.
+    ///
+    /// # Errors
+    /// What mknod(2) says.
+    pub fn make_node(
+        &self,
+        name: &OsStr,
+        kind: Kind,
+        mode: u32,
+        rdev: u64,
+        owner: Owner,
+    ) -> Result<Self> {
+        let made = self
+            .0
+            .handle
+            .make_node(name, kind, mode, rdev, owner.caller());
+        let (handle, stat) = made.map_err(failed_at("create", name))?;
+        Ok(self.0.tree.node(handle, &stat))
+    }
+
+    /// Makes a symbolic link to `target`.
+    ///
+    /// # Errors
+    /// What symlink(2) says.
+    pub fn symlink(&self, name: &OsStr, target: &OsStr, owner: Owner) -> Result<Self> {
+        let made = self.0.handle.symlink(name, target, owner.caller());
+        let (handle, stat) = made.map_err(failed_at("create symbolic link", name))?;
+        Ok(self.0.tree.node(handle, &stat))
+    }
+
+    /// Gives `target` the name `name` in this directory.
+    ///
+    /// # Errors
+    /// What link(2) says.
+    pub fn link(&self, target: &Self, name: &OsStr) -> Result<()> {
+        let mut life = target.0.life.lock();
+        let linked = target.0.handle.link(&self.0.handle, name);
+        let stat = linked.map_err(failed_at("link", name))?;
+        life.orphan = false;
+        target.0.handle.unpin();
+        target.0.record(&stat);
+        Ok(())
+    }
+
+    /// Removes a name that is not a directory's. The inode lives until its last opener is gone.
+    ///
+    /// # Errors
+    /// What unlink(2) says.
+    pub fn unlink(&self, name: &OsStr) -> Result<()> {
+        let loser = self.held(name);
+        if let Some(loser) = &loser {
+            loser.0.handle.pin().map_err(failed_at("remove", name))?;
+        }
+        let outcome = self.0.handle.unlink(name);
+        if let Some(loser) = loser {
+            loser.lost_a_name();
+        }
+        outcome.map_err(failed_at("remove", name))
+    }
+
+    /// Removes an empty directory.
+    ///
+    /// # Errors
+    /// What rmdir(2) says.
+    pub fn remove_dir(&self, name: &OsStr) -> Result<()> {
+        let loser = self.held(name);
+        let outcome = self.0.handle.remove_dir(name);
+        if let (Some(loser), Ok(())) = (loser, &outcome) {
+            self.0.tree.forget(&loser);
+        }
+        outcome.map_err(failed_at("remove directory", name))
+    }
+
+    /// Renames `name` in this directory to `new_name` in `new_dir`.
+    ///
+    /// # Errors
+    /// What renameat2(2) says.
+    pub fn rename(
+        &self,
+        name: &OsStr,
+        new_dir: &Self,
+        new_name: &OsStr,
+        flags: RenameFlags,
+    ) -> Result<()> {
+        let moved = self.held(name);
+        let replaced = new_dir.held(new_name);
+        if let Some(replaced) = &replaced {
+            replaced.0.handle.pin().map_err(failed_at("rename", name))?;
+        }
+        let (from, to) = (&self.0.handle, &new_dir.0.handle);
+        let outcome = from.rename(name, to, new_name, flags);
+        // The rename moves the inode's time of change: that is nobody else's doing.
+        if let Some(moved) = moved
+            && let Ok(stat) = moved.0.handle.stat()
+        {
+            moved.0.record(&stat);
+        }
+        if let Some(replaced) = replaced {
+            replaced.lost_a_name();
+        }
+        outcome.map_err(failed_at("rename", name))
+    }
+
+    /// Returns the node that `name` means now, if it is held: others have no cached state to care about.
+    fn held(&self, name: &OsStr) -> Option<Self> {
+        let (handle, _) = self.0.handle.lookup(name).ok()?;
+        self.0.tree.held(handle.id())
+    }
+
+    /// Sees whether the name that was just removed was the last one.
+    fn lost_a_name(&self) {
+        let Ok(stat) = self.0.handle.stat() else {
+            return;
+        };
+        self.0.record(&stat);
+        if stat.links > 0 {
+            self.0.handle.unpin();
+            return;
+        }
+        self.0.life.lock().orphan = true;
+        self.0.tree.forget(self);
+        self.discard_orphan();
+    }
+
+    /// Throws away the data of a file that has neither names nor openers, dirty or not.
+    fn discard_orphan(&self) {
+        let life = self.0.life.lock();
+        if let Some(data) = self.0.data.get()
+            && life.orphan
+            && !data.inode.is_open()
+            && data.inode.is_dirty()
+        {
+            // Nobody can reach it any more; failing to shorten it loses nothing but the store's work.
+            let _ = data.inode.set_len(0);
+        }
+    }
+
+    /// Returns where a symbolic link points.
+    ///
+    /// # Errors
+    /// `EINVAL` for anything else.
+    pub fn read_link(&self) -> Result<OsString> {
+        self.0
+            .handle
+            .read_link()
+            .map_err(failed("read symbolic link"))
+    }
+
+    /// Opens a regular file with this process's rights.
+    ///
+    /// A file that somebody changed since it was last looked at loses its clean cached pages here.
+    ///
+    /// # Errors
+    /// `EISDIR`, `ELOOP` for a symbolic link, `EOPNOTSUPP` for other kinds; `ESTALE` when somebody changed the stored
+    /// file while newer data was cached; what open(2) says.
+    pub fn open(&self, options: &OpenOptions) -> Result<File> {
+        const OPERATION: &str = "open";
+        match self.kind() {
+            Kind::File => {}
+            Kind::Directory => return Err(Error::name(OPERATION, Errno::EISDIR)),
+            Kind::Symlink => return Err(Error::name(OPERATION, Errno::ELOOP)),
+            _ => return Err(Error::name(OPERATION, Errno::EOPNOTSUPP)),
+        }
+        let data = self.data()?;
+        self.0.notice_strangers(data)?;
+        let access = options.access();
+        let file = {
+            let _life = self.0.life.lock();
+            let granted = data.object.grant(access.read, access.write);
+            granted.map_err(failed(OPERATION))?;
+            File::new(self.clone(), Arc::clone(&data.inode), access)
+        };
+        if options.wants_truncate() {
+            file.set_len(0)?;
+        }
+        Ok(file)
+    }
+
+    /// Opens a file that was just created, through the descriptor that created it: its mode may allow no other.
+    fn open_made(&self, options: &OpenOptions, fd: OwnedFd) -> Result<File> {
+        let data = self.data()?;
+        let access = options.access();
+        let _life = self.0.life.lock();
+        let adopted = data.object.adopt(fd, true, true);
+        adopted.map_err(failed("create"))?;
+        Ok(File::new(self.clone(), Arc::clone(&data.inode), access))
+    }
+
+    /// Opens the directory for reading its entries.
+    ///
+    /// # Errors
+    /// `ENOTDIR`; what open(2) says.
+    pub fn open_dir(&self) -> Result<Directory> {
+        let entries = self.0.handle.entries();
+        let entries = entries.map_err(failed("open directory"))?;
+        Ok(Directory::new(self.clone(), entries))
+    }
+
+    /// Makes the directory's entries durable.
+    ///
+    /// # Errors
+    /// What fsync(2) says.
+    pub fn sync_dir(&self) -> Result<()> {
+        self.0.handle.sync_dir().map_err(failed("sync directory"))
+    }
+
+    /// Returns space and limits of the filesystem the inode lies on.
+    ///
+    /// # Errors
+    /// What statfs(2) says.
+    pub fn statfs(&self) -> Result<Statfs> {
+        self.0.handle.space().map_err(failed("read free space of"))
+    }
+
+    /// Returns the value of an extended attribute.
+    ///
+    /// # Errors
+    /// `ENODATA`, `EOPNOTSUPP`.
+    pub fn xattr(&self, name: &OsStr) -> Result<Vec<u8>> {
+        let value = self.0.handle.xattr(name);
+        value.map_err(failed_at("read extended attribute", name))
+    }
+
+    /// Returns the names of the extended attributes, each ended by a zero byte.
+    ///
+    /// # Errors
+    /// The store's errors.
+    pub fn xattr_names(&self) -> Result<Vec<u8>> {
+        let names = self.0.handle.xattr_names();
+        names.map_err(failed("list extended attributes of"))
+    }
+
+    /// Sets an extended attribute; an access ACL is set as `owner`.
+    ///
+    /// # Errors
+    /// What setxattr(2) says.
+    pub fn set_xattr(
+        &self,
+        name: &OsStr,
+        value: &[u8],
+        flags: SetXattr,
+        owner: Owner,
+    ) -> Result<()> {
+        let mut stamps = self.0.stamps.lock();
+        let handle = &self.0.handle;
+        let outcome = handle.set_xattr(name, value, flags, owner.caller());
+        outcome.map_err(failed_at("set extended attribute", name))?;
+        self.0.record_in(&mut stamps, handle.stat().as_ref().ok());
+        Ok(())
+    }
+
+    /// Removes an extended attribute.
+    ///
+    /// # Errors
+    /// What removexattr(2) says.
+    pub fn remove_xattr(&self, name: &OsStr) -> Result<()> {
+        let mut stamps = self.0.stamps.lock();
+        let handle = &self.0.handle;
+        let outcome = handle.remove_xattr(name);
+        outcome.map_err(failed_at("remove extended attribute", name))?;
+        self.0.record_in(&mut stamps, handle.stat().as_ref().ok());
+        Ok(())
+    }
+
+    /// Tells that one of the node's files was closed.
+    pub(crate) fn file_closed(&self) {
+        let Some(data) = self.0.data.get() else {
+            return;
+        };
+        data.object.revoke();
+        if data.inode.is_open() {
+            return;
+        }
+        if self.0.life.lock().orphan {
+            self.discard_orphan();
+        } else {
+            self.0.tree.note_idle(self);
+        }
+    }
+
+    /// Tells whether letting go of the node now would lose something or serve nobody.
+    fn is_needed(&self) -> bool {
+        // The list's own reference is one.
+        Arc::strong_count(&self.0) > 1
+            || self
+                .0
+                .data
+                .get()
+                .is_some_and(|data| data.inode.is_open() || data.inode.is_dirty())
+    }
+
+    /// Returns the data side, made now if it is needed for the first time.
+    fn data(&self) -> Result<&Data> {
+        if let Some(data) = self.0.data.get() {
+            return Ok(data);
+        }
+        let vnode = &self.0;
+        let _making = vnode.making.lock();
+        if let Some(data) = vnode.data.get() {
+            return Ok(data);
+        }
+        let stat = vnode.handle.stat().map_err(failed("open"))?;
+        let tree = &vnode.tree;
+        let object = Arc::new(DirObject::new(
+            vnode.handle.reopener(),
+            Arc::clone(&tree.rings),
+        ));
+        let watch = Arc::new(Watch::default());
+        let mut stored: Arc<dyn Object> = Arc::new(Watched::new(
+            Arc::clone(&object) as Arc<dyn Object>,
+            Arc::clone(&watch),
+        ));
+        if let Some(layer) = &tree.layer {
+            stored = layer(stored);
+        }
+        let backing: Weak<dyn Backing> = Arc::downgrade(vnode) as Weak<dyn Backing>;
+        let inode = Inode::new(&tree.engine, stored, stat.size, backing);
+        vnode.record(&stat);
+        Ok(vnode.data.get_or_init(|| Data {
+            inode,
+            object,
+            watch,
+        }))
+    }
+}
+
+impl Vnode {
+    fn new(tree: &Arc<Tree>, handle: Arc<Handle>) -> Self {
+        Self {
+            tree: Arc::clone(tree),
+            handle,
+            data: OnceLock::new(),
+            making: Mutex::new(()),
+            life: Mutex::new(Life::default()),
+            stamps: Mutex::new(Stamps::default()),
+            used: AtomicBool::new(true),
+            strangers: AtomicU64::new(0),
+        }
+    }
+
+    fn mark_used(&self) {
+        self.used.store(true, Ordering::Relaxed);
+    }
+
+    fn spend_second_chance(&self) -> bool {
+        self.used.swap(false, Ordering::Relaxed)
+    }
+
+    /// Closes the file's descriptors if nobody has it open and nothing waits to be stored.
+    fn close_idle(&self) {
+        let _life = self.life.lock();
+        if let Some(data) = self.data.get()
+            && !data.inode.is_open()
+            && !data.inode.is_dirty()
+        {
+            data.object.close_idle();
+        }
+    }
+
+    /// Records what the store says after a change of ours that is no change of the contents.
+    fn record(&self, stat: &Stat) {
+        self.record_in(&mut self.stamps.lock(), Some(stat));
+    }
+
+    fn record_in(&self, stamps: &mut Stamps, stat: Option<&Stat>) {
+        if let Some(stat) = stat {
+            stamps.seen = Some(Seen::of(stat));
+            stamps.changed = stat.changed;
+        }
+    }
+
+    fn change(
+        self: &Arc<Self>,
+        change: &Change,
+        sets_modified: bool,
+    ) -> std::result::Result<Metadata, Errno> {
+        let mut stamps = self.stamps.lock();
+        let stat = self.handle.change(change)?;
+        if let Some(data) = self.data.get()
+            && sets_modified
+        {
+            data.inode.forget_modified();
+        }
+        self.record_in(&mut stamps, Some(&stat));
+        Ok(self.merge(&stamps, &stat, None))
+    }
+
+    fn attributes(self: &Arc<Self>) -> std::result::Result<Metadata, Errno> {
+        let quiet = self.data.get().and_then(|data| data.watch.quiet());
+        let stat = self.handle.stat()?;
+        Ok(self.merge(&self.stamps.lock(), &stat, quiet))
+    }
+
+    /// Puts the live size and times over what the store said; `quiet` was asked before the store.
+    fn merge(&self, stamps: &Stamps, stat: &Stat, quiet: Option<Quiet>) -> Metadata {
+        let mut metadata = Metadata::from(stat);
+        let Some(data) = self.data.get() else {
+            return metadata;
+        };
+        metadata.len = data.inode.len();
+        if data.inode.is_dirty() && metadata.len > 0 {
+            // Some programs take a file without blocks for one that is all hole, and do not read it.
+            metadata.blocks = metadata.blocks.max(8);
+        }
+        let settled = quiet.is_some_and(|quiet| data.watch.is_settled(quiet));
+        let as_recorded = stamps.seen.is_some_and(|seen| seen.changed == stat.changed);
+        if as_recorded || !settled {
+            metadata.changed = stamps.changed.into();
+        }
+        if let Some(modified) = data.inode.modified() {
+            metadata.modified = modified;
+            metadata.changed = metadata.changed.max(modified);
+        }
+        metadata
+    }
+
+    /// Drops clean pages of a file that somebody else changed; refuses one that has newer data cached.
+    fn notice_strangers(self: &Arc<Self>, data: &Data) -> Result<()> {
+        let Some(quiet) = data.watch.quiet() else {
+            return Ok(());
+        };
+        let stat = self.handle.stat().map_err(failed("open"))?;
+        let mut stamps = self.stamps.lock();
+        let now = Seen::of(&stat);
+        let Some(seen) = stamps.seen.filter(|seen| *seen != now) else {
+            return Ok(());
+        };
+        if !data.watch.is_settled(quiet) {
+            return Ok(());
+        }
+        // Outside the lock: dropping pages may wait for transfers, whose end puts times right under it.
+        let reloaded =
+            parking_lot::MutexGuard::unlocked(&mut stamps, || data.inode.reload(stat.size));
+        let contents_same = seen.size == now.size && seen.modified == now.modified;
+        if !reloaded && !contents_same {
+            return Err(Error::new("open", ErrorKind::Stale));
+        }
+        if reloaded {
+            self.strangers.fetch_add(1, Ordering::AcqRel);
+        }
+        // Where only the time of change differs, an attribute was changed: that harms no cached data.
+        self.record_in(&mut stamps, Some(&stat));
+        Ok(())
+    }
+}
+
+impl Backing for Vnode {
+    fn stored(&self, modified: SystemTime) {
+        let Some(data) = self.data.get() else {
+            return;
+        };
+        let mut stamps = self.stamps.lock();
+        let quiet = data.watch.quiet();
+        let change = Change {
+            modified: TimeChange::At(modified.into()),
+            ..Change::default()
+        };
+        // A store that does not let us set times (a file of somebody else's that we may write) has its own.
+        let Ok(stat) = self.handle.change(&change).or_else(|_| self.handle.stat()) else {
+            return;
+        };
+        stamps.changed = stamps.changed.max(modified.into());
+        if let Some(quiet) = quiet.filter(|&quiet| data.watch.quiet() == Some(quiet)) {
+            stamps.seen = Some(Seen::of(&stat));
+            data.watch.settle(quiet);
+        }
+    }
+}
+
+impl Drop for Vnode {
+    fn drop(&mut self) {
+        self.tree.dropped(self.handle.id());
+    }
+}
+
+#[cfg(test)]
+mod tests;

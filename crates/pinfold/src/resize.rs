@@ -1,0 +1,173 @@
+//! Ranges that change as a whole: reserve, punch, zero, collapse, insert.
+//!
+//! The order is truncate's (SEMANTICS.md section F): edges in place, then the gate blocked, the pages dropped, the store
+//! told.
+
+use std::ops::Range;
+
+use pinfold_base::units::FILE_SIZE_MAX;
+use pinfold_base::{Errno, PAGE_SIZE};
+use pinfold_store::Rearrange;
+
+use crate::error::{Error, Result};
+use crate::file::File;
+use crate::inode::Inode;
+
+/// What [`File::allocate`] does with a range, as the modes of fallocate(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AllocateMode {
+    /// Reserve space; the file grows to the range's end.
+    Extend,
+    /// Reserve space; the size stays.
+    KeepSize,
+    /// The range reads as zeros and its space is given back; the size stays.
+    Punch,
+    /// The range reads as zeros and stays reserved; the file grows to the range's end.
+    ZeroExtend,
+    /// The range reads as zeros and stays reserved; the size stays.
+    ZeroKeepSize,
+    /// The range is taken out and what follows moves down.
+    Collapse,
+    /// A hole is put in and what follows moves up.
+    Insert,
+}
+
+impl File {
+    /// Changes a range as fallocate(2) does.
+    ///
+    /// # Errors
+    /// `EBADF` if not open for writing, `EINVAL` for an empty or overflowing range, `EFBIG`, `ENOSPC`, `EOPNOTSUPP` where the
+    /// store cannot.
+    pub fn allocate(&self, mode: AllocateMode, range: Range<u64>) -> Result<()> {
+        const OPERATION: &str = "allocate space in";
+        if !self.access().write {
+            return Err(Error::invalid(OPERATION, Errno::EBADF));
+        }
+        if range.is_empty() {
+            return Err(Error::invalid(OPERATION, Errno::EINVAL).at_range(range));
+        }
+        if range.end > FILE_SIZE_MAX {
+            return Err(Error::invalid(OPERATION, Errno::EFBIG).at_range(range));
+        }
+        let inode = self.inode();
+        let _exclusive = inode.lock_exclusive();
+        match mode {
+            AllocateMode::Extend | AllocateMode::KeepSize => {
+                inode
+                    .object()
+                    .allocate(range.clone())
+                    .map_err(|error| Error::store(OPERATION, error))?;
+                if mode == AllocateMode::Extend {
+                    grow(inode, range.end)?;
+                }
+            }
+            AllocateMode::Punch => zero(inode, &range, false)?,
+            AllocateMode::ZeroExtend | AllocateMode::ZeroKeepSize => {
+                zero(inode, &range, true)?;
+                if mode == AllocateMode::ZeroExtend {
+                    grow(inode, range.end)?;
+                }
+            }
+            AllocateMode::Collapse => shift(inode, Rearrange::Collapse, &range)?,
+            AllocateMode::Insert => shift(inode, Rearrange::Insert, &range)?,
+        }
+        inode.touch_modified();
+        Ok(())
+    }
+
+    /// Makes a range read as zeros and gives its space back; the size stays.
+    ///
+    /// # Errors
+    /// As [`File::allocate`].
+    pub fn punch(&self, range: Range<u64>) -> Result<()> {
+        self.allocate(AllocateMode::Punch, range)
+    }
+}
+
+fn grow(inode: &Inode, end: u64) -> Result<()> {
+    if end > inode.len() {
+        inode.set_len_locked(end)?;
+    }
+    Ok(())
+}
+
+/// Zeroes a range: whole pages in the store, edges in the cache.
+fn zero(inode: &Inode, range: &Range<u64>, reserve: bool) -> Result<()> {
+    let pages = inode.pages();
+    let end = inode.len();
+    let whole = range.start.div_ceil(PAGE_SIZE) * PAGE_SIZE..range.end / PAGE_SIZE * PAGE_SIZE;
+    if whole.start > whole.end {
+        zero_edge(inode, range.start..range.end.min(end))?;
+    } else {
+        zero_edge(inode, range.start..whole.start.min(end))?;
+        zero_edge(inode, whole.end..range.end.min(end))?;
+    }
+    if whole.start < whole.end {
+        let _blocked = pages.gate().block();
+        pages.discard(whole.start / PAGE_SIZE..whole.end / PAGE_SIZE);
+        let object = inode.object();
+        let told = if reserve {
+            object.rearrange(Rearrange::Zero, whole)
+        } else {
+            object.punch(whole)
+        };
+        told.map_err(|error| Error::store("punch a hole in", error))?;
+    }
+    if reserve {
+        inode
+            .object()
+            .allocate(range.clone())
+            .map_err(|error| Error::store("allocate space in", error))?;
+    }
+    Ok(())
+}
+
+/// Zeroes a part of one page through the cache.
+fn zero_edge(inode: &Inode, bytes: Range<u64>) -> Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    let pages = inode.pages();
+    let at = (bytes.start % PAGE_SIZE) as usize;
+    let len = (bytes.end - bytes.start) as usize;
+    let folio = pages
+        .write_begin(bytes.start / PAGE_SIZE, at, at + len, false)
+        .map_err(|error| Error::cache("punch a hole in", error))?;
+    folio.zero(at, len);
+    folio.commit();
+    pages.note_dirty_file();
+    Ok(())
+}
+
+/// Moves everything behind a range: all of it has to be in the store first, and leaves the cache.
+fn shift(inode: &Inode, how: Rearrange, range: &Range<u64>) -> Result<()> {
+    const OPERATION: &str = "move a range of";
+    let end = inode.len();
+    let len = range.end - range.start;
+    let fits = match how {
+        Rearrange::Collapse => range.end < end,
+        Rearrange::Insert => {
+            range.start < end && end.checked_add(len).is_some_and(|new| new <= FILE_SIZE_MAX)
+        }
+        Rearrange::Zero => true,
+    };
+    if !fits {
+        return Err(Error::invalid(OPERATION, Errno::EINVAL).at_range(range.clone()));
+    }
+    let _blocked = inode.pages().gate().block();
+    inode
+        .flush_range(0..u64::MAX)
+        .map_err(|error| Error::store(OPERATION, error))?;
+    inode.pages().discard(range.start / PAGE_SIZE..u64::MAX);
+    inode
+        .object()
+        .rearrange(how, range.clone())
+        .map_err(|error| Error::store(OPERATION, error))?;
+    let new = match how {
+        Rearrange::Collapse => end - len,
+        Rearrange::Insert => end + len,
+        Rearrange::Zero => end,
+    };
+    inode.pages().set_end(new);
+    Ok(())
+}
