@@ -169,9 +169,10 @@ impl Inode {
     }
 
     fn tell_times(&self) {
-        if self.times_pending.swap(false, Ordering::AcqRel)
-            && let (Some(backing), Some(modified)) = (self.backing.upgrade(), self.modified())
-        {
+        self.times_pending.store(false, Ordering::Release);
+        // Every pass, not the first after a write alone: each moves the stored times anew. The backing knows whether
+        // anything of it is left to do.
+        if let (Some(backing), Some(modified)) = (self.backing.upgrade(), self.modified()) {
             backing.stored(modified);
         }
     }

@@ -34,7 +34,8 @@ use crate::open_options::OpenOptions;
 mod tree;
 mod watch;
 
-pub(crate) use tree::{ObjectLayer, Tree};
+pub use tree::ObjectLayer;
+pub(crate) use tree::Tree;
 use watch::{Quiet, Watch, Watched};
 
 const S_ISUID: u32 = libc::S_ISUID;
@@ -747,6 +748,12 @@ impl Backing for Vnode {
         };
         let mut stamps = self.stamps.lock();
         let quiet = data.watch.quiet();
+        let in_place = stamps
+            .seen
+            .is_some_and(|seen| seen.modified == modified.into());
+        if in_place && quiet.is_some_and(|quiet| data.watch.is_settled(quiet)) {
+            return;
+        }
         let change = Change {
             modified: TimeChange::At(modified.into()),
             ..Change::default()

@@ -24,7 +24,7 @@ const LOOKED_AT_MAX: usize = 4;
 const IDLE_MAX: usize = 256;
 
 /// Wraps every file's object: for test stores.
-pub(crate) type ObjectLayer = Arc<dyn Fn(Arc<dyn Object>) -> Arc<dyn Object> + Send + Sync>;
+pub type ObjectLayer = Arc<dyn Fn(Arc<dyn Object>) -> Arc<dyn Object> + Send + Sync>;
 
 /// The name-space side of a volume.
 pub(crate) struct Tree {

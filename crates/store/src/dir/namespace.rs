@@ -24,7 +24,7 @@ use parking_lot::Mutex;
 use pinfold_base::Errno;
 use pinfold_mem::sys::FileHandle;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, getrlimit};
 
 mod claim;
 mod entries;
@@ -177,22 +177,6 @@ impl Namespace {
     pub fn claim(&self) -> &Claim {
         &self.claim
     }
-}
-
-/// Raises this process's limit of open descriptors as far as it may, and returns the limit that was in force.
-///
-/// For a server's start; a library leaves the limit to its program.
-///
-/// # Errors
-/// What setrlimit(2) says.
-pub fn raise_descriptor_limit() -> Result<Rlimit, Errno> {
-    let before = getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: before.maximum,
-        maximum: before.maximum,
-    };
-    setrlimit(Resource::Nofile, raised).map_err(|e| Errno::from_raw(e.raw_os_error()))?;
-    Ok(before)
 }
 
 /// What all handles of a name space share: which of them hold descriptors, and how to open others.
