@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
+mod bench;
 mod mount;
 
 /// A file I/O stack in user space.
@@ -20,6 +21,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Bench(bench::Arguments),
     /// Serve a directory at a mount point, for as long as a command runs or until it is unmounted
     Mount(mount::Arguments),
 }
@@ -33,6 +35,7 @@ fn main() -> ExitCode {
         .without_time()
         .init();
     let outcome = match cli.command {
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Mount(arguments) => mount::run(&arguments),
     };
     outcome.unwrap_or_else(|error| {

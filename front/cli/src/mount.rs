@@ -19,7 +19,7 @@ mod signals;
 mod size;
 
 use signals::Arrived;
-use size::Size;
+pub(crate) use size::Size;
 
 /// How long a busy mount is tried before it is detached from under its users.
 const PATIENCE: Duration = Duration::from_secs(1);
