@@ -15,7 +15,7 @@ use crate::CacheError;
 use crate::file::FilePages;
 use crate::index::{Index, Key};
 use crate::policy::{Policy, Verdict};
-use crate::state::StateWord;
+use crate::state::{LOCKED, StateWord, UPTODATE, USERS_MASK, WRITEBACK};
 use crate::wait::WaitTable;
 use crate::writeback::Flusher;
 
@@ -112,6 +112,29 @@ impl Header {
     }
 }
 
+/// What the frames are at one moment: exact when nothing is under way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Census {
+    /// Frames there are at most.
+    pub frames: usize,
+    /// Frames that hold no page.
+    pub free: usize,
+    /// Pages with valid contents.
+    pub valid: usize,
+    /// Pages somebody has locked.
+    pub locked: usize,
+    /// Pages somebody references or has pinned.
+    pub in_use: usize,
+    /// Pages with contents newer than the store's, by their states.
+    pub dirty: usize,
+    /// Pages on their way to the store, by their states.
+    pub writing: usize,
+    /// Pages that are dirty or being written, by the account that throttling goes by.
+    pub dirty_accounted: usize,
+    /// Pages promised to leases.
+    pub lent: usize,
+}
+
 /// A volume's page cache.
 pub struct Cache {
     pub(crate) arena: Arc<Arena>,
@@ -123,6 +146,8 @@ pub struct Cache {
     pub(crate) config: CacheConfig,
     pub(crate) dirty_pages: AtomicUsize,
     pub(crate) writing_pages: AtomicUsize,
+    /// Pages promised to leases.
+    pub(crate) lent_pages: AtomicUsize,
     pub(crate) dirty_files: Mutex<HashMap<u64, Arc<FilePages>>>,
     pub(crate) flusher: Flusher,
     /// Bumped when a frame or a dirty slot may have become free.
@@ -158,6 +183,7 @@ impl Cache {
             config,
             dirty_pages: AtomicUsize::new(0),
             writing_pages: AtomicUsize::new(0),
+            lent_pages: AtomicUsize::new(0),
             dirty_files: Mutex::new(HashMap::new()),
             flusher: Flusher::default(),
             progress: Mutex::new(0),
@@ -188,6 +214,26 @@ impl Cache {
     #[must_use]
     pub fn pages_max(&self) -> usize {
         self.headers.len()
+    }
+
+    /// Counts what the frames are now, by looking at every one: for tests and for the curious.
+    #[must_use]
+    pub fn census(&self) -> Census {
+        let count = |flags: u64| {
+            let states = self.headers.iter().map(|header| header.state.load());
+            states.filter(|state| state & flags != 0).count()
+        };
+        Census {
+            frames: self.headers.len(),
+            free: self.arena.frames_available(),
+            valid: count(UPTODATE),
+            locked: count(LOCKED),
+            in_use: count(USERS_MASK),
+            dirty: count(crate::state::DIRTY),
+            writing: count(WRITEBACK),
+            dirty_accounted: self.dirty_pages(),
+            lent: self.lent_pages.load(Ordering::Relaxed),
+        }
     }
 
     pub(crate) fn header(&self, frame: Frame) -> &Header {
@@ -221,7 +267,7 @@ impl Cache {
                 return Err(CacheError::NoFrames);
             }
             self.counters.frame_waits.bump();
-            self.kick_flusher(true);
+            self.press();
             let mut progress = self.progress.lock();
             if *progress == seen {
                 self.progressed.wait_for(&mut progress, FRAME_WAIT_STEP);

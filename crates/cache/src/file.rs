@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 use pinfold_base::{PAGE_SIZE, Progress};
-use pinfold_mem::{CopyStop, Frame, IoSpan, IovCursor, Segments};
+use pinfold_mem::{AlignedBuf, CopyStop, Frame, IoSpan, IovCursor, Segments};
 use pinfold_store::{Object, StoreError, Transfer};
 use smallvec::SmallVec;
 
@@ -29,6 +29,8 @@ const TRANSFER_PAGES_MAX: u64 = 128;
 const SYNC_PAGES_MAX: u64 = 128;
 /// The largest read-ahead window, in pages.
 const WINDOW_PAGES_MAX: u64 = 1024;
+/// At most one frame in so many is lent out at a time.
+const LENT_SHARE: usize = 4;
 /// Ranges up to this many pages are probed page by page rather than by a walk over all frames.
 const PROBE_PAGES_MIN: u64 = 1024;
 
@@ -55,6 +57,8 @@ pub(crate) struct DirtyState {
     pub(crate) writing: PageSet,
     /// When the oldest dirty page became so, as far as known.
     pub(crate) since: Option<Instant>,
+    /// Where the next opportunistic visit begins, so that pages dirtied again and again do not keep others waiting.
+    pub(crate) cursor: u64,
 }
 
 /// One file's pages, what is dirty among them, and the errors of storing them.
@@ -82,6 +86,16 @@ impl fmt::Debug for FilePages {
             .field("end", &self.end())
             .finish_non_exhaustive()
     }
+}
+
+/// What an attempt to lock a page met.
+pub(crate) enum Attempt<'a> {
+    /// It is ours.
+    Locked(Folio<'a>),
+    /// Somebody else has it, in this frame.
+    Busy(Frame),
+    /// No such page is cached.
+    Gone,
 }
 
 /// What a look-up found.
@@ -147,21 +161,47 @@ impl Drop for PageRef<'_> {
 }
 
 /// Pages lent out for a transfer the cache does not run: a reply on a FUSE device, say.
+///
+/// Whoever drops or replaces pages (truncation, punches, direct writes) waits for leases of them, so the holder of one
+/// must not wait for anything of the same cache.
 #[derive(Debug)]
 pub struct Lease {
     file: Arc<FilePages>,
     frames: SmallVec<[Frame; 32]>,
+    /// Pages this lease was promised, given back when it ends.
+    promised: usize,
     segments: Segments,
 }
 
 impl Lease {
-    /// Makes an empty lease.
+    /// Makes an empty lease that `pages` pages may be added to; `None` when that much of the cache is lent out that
+    /// others would lack frames.
     #[must_use]
-    pub fn new(file: &Arc<FilePages>) -> Self {
+    pub fn reserve(file: &Arc<FilePages>, pages: usize) -> Option<Self> {
+        let cache = &file.cache;
+        let limit = cache.pages_max() / LENT_SHARE;
+        cache
+            .lent_pages
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |lent| {
+                lent.checked_add(pages).filter(|&sum| sum <= limit)
+            })
+            .ok()?;
+        Some(Self {
+            file: Arc::clone(file),
+            frames: SmallVec::new(),
+            promised: pages,
+            segments: cache.arena.segments(),
+        })
+    }
+
+    /// Makes a lease of the first `len` bytes of a copy: it keeps nobody waiting.
+    #[must_use]
+    pub fn of_copy(file: &Arc<FilePages>, copy: AlignedBuf, len: usize) -> Self {
         Self {
             file: Arc::clone(file),
             frames: SmallVec::new(),
-            segments: file.cache.arena.segments(),
+            promised: 0,
+            segments: Segments::of_buf(&Arc::new(copy), len),
         }
     }
 
@@ -171,6 +211,7 @@ impl Lease {
             std::ptr::eq(page.file, &raw const *self.file),
             "a lease is of one file"
         );
+        debug_assert!(self.frames.len() < self.promised, "more than was reserved");
         self.file
             .cache
             .arena
@@ -195,12 +236,16 @@ impl Lease {
     /// Tells whether nothing is lent.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.frames.is_empty()
+        self.len() == 0
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
+        self.file
+            .cache
+            .lent_pages
+            .fetch_sub(self.promised, Ordering::Relaxed);
         for &frame in &self.frames {
             if self.file.cache.header(frame).state.unref() {
                 self.file.cache.wake(frame);
@@ -571,6 +616,17 @@ impl FilePages {
     /// Locks a page that is cached; waits for whoever holds it.
     #[must_use]
     pub fn lock(&self, page: u64) -> Option<Folio<'_>> {
+        loop {
+            match self.try_lock(page) {
+                Attempt::Locked(folio) => return Some(folio),
+                Attempt::Busy(frame) => self.cache.wait(frame, |state| state & LOCKED == 0),
+                Attempt::Gone => return None,
+            }
+        }
+    }
+
+    /// Locks a page that is cached if nobody else has it.
+    pub(crate) fn try_lock(&self, page: u64) -> Attempt<'_> {
         let key = self.key(page);
         'again: loop {
             for frame in self.cache.index.candidates(key.hash()) {
@@ -582,19 +638,16 @@ impl FilePages {
                     Ok(_) => {
                         let folio = Folio::adopt(self, page, frame);
                         if header.is(key) {
-                            return Some(folio);
+                            return Attempt::Locked(folio);
                         }
                         drop(folio);
                         continue 'again;
                     }
-                    Err(state) if state & LOCKED != 0 => {
-                        self.cache.wait(frame, |state| state & LOCKED == 0);
-                        continue 'again;
-                    }
+                    Err(state) if state & LOCKED != 0 => return Attempt::Busy(frame),
                     Err(_) => {}
                 }
             }
-            return None;
+            return Attempt::Gone;
         }
     }
 
@@ -611,8 +664,14 @@ impl FilePages {
         nowait: bool,
     ) -> Result<Folio<'_>, CacheError> {
         loop {
-            if let Some(folio) = self.lock(page) {
-                return Ok(folio);
+            match self.try_lock(page) {
+                Attempt::Locked(folio) => return Ok(folio),
+                Attempt::Busy(_) if nowait => return Err(CacheError::WouldBlock),
+                Attempt::Busy(frame) => {
+                    self.cache.wait(frame, |state| state & LOCKED == 0);
+                    continue;
+                }
+                Attempt::Gone => {}
             }
             let end = self.end();
             let start = page * PAGE_SIZE;
@@ -621,7 +680,11 @@ impl FilePages {
             if nowait && needs_read {
                 return Err(CacheError::WouldBlock);
             }
-            let gate = self.gate.add();
+            let gate = if nowait {
+                self.gate.try_add().ok_or(CacheError::WouldBlock)?
+            } else {
+                self.gate.add()
+            };
             let frame = if nowait {
                 self.cache
                     .try_take_frames(1)
@@ -720,6 +783,23 @@ impl FilePages {
                 folio.discard();
             }
         }
+    }
+
+    /// Cuts the file to `end` bytes: the size first, so that no reader goes past it, then the pages. The caller blocks the
+    /// gate.
+    ///
+    /// Waits for transfers under way of every page concerned, the one that holds the end included: one that ends
+    /// after the store was cut would make the stored file longer again, with bytes that a later growth would show.
+    pub fn truncate(&self, end: u64) {
+        self.set_end(end);
+        let at = (end % PAGE_SIZE) as usize;
+        if at != 0
+            && let Some(folio) = self.lock(end / PAGE_SIZE)
+        {
+            folio.wait_writeback();
+            folio.zero_from(at);
+        }
+        self.discard(end.div_ceil(PAGE_SIZE)..u64::MAX);
     }
 
     /// Drops the clean pages of `range`; returns false if any was dirty and stayed.

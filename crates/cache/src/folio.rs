@@ -74,6 +74,12 @@ impl<'a> Folio<'a> {
         self.state() & DIRTY != 0
     }
 
+    /// Tells whether the contents, or older ones, are on their way to the store.
+    #[must_use]
+    pub fn is_under_writeback(&self) -> bool {
+        self.state() & WRITEBACK != 0
+    }
+
     /// Copies user bytes into the page at `at`, without resolving faults. Not visible before
     /// [`Folio::commit`] unless the page was valid already.
     pub fn copy_in(&self, at: usize, len: usize, source: &mut IovCursor<'_>) -> Progress<CopyStop> {
@@ -92,9 +98,21 @@ impl<'a> Folio<'a> {
 
     /// Makes the contents valid and dirty, and unlocks the page.
     pub fn commit(self) {
+        self.commit_to(0);
+    }
+
+    /// As [`Folio::commit`], for a write that ends at byte `end` of the file: the file grows to there if it was shorter.
+    ///
+    /// The contents are valid before the size tells of them (B-4), and the size is raised before the lock is dropped:
+    /// write-back takes the lock, so it never takes new bytes for something past the end.
+    pub fn commit_to(self, end: u64) {
         self.file.note_dirty(self.page, self.frame);
         let frame = self.frame;
         let cache = self.cache();
+        if self.file.end() < end {
+            cache.header(frame).state.set(UPTODATE | DIRTY);
+            self.file.set_end(end);
+        }
         let _end = ManuallyDrop::new(self);
         rank::leave(Rank::Folio);
         if cache.header(frame).state.unlock(UPTODATE | DIRTY, ERROR) {

@@ -40,7 +40,7 @@ use std::ops::Range;
 use pinfold_base::{Errno, PageIndex};
 use pinfold_store::StoreError;
 
-pub use cache::{Cache, CacheConfig, CacheSnapshot, MEMORY_MIN};
+pub use cache::{Cache, CacheConfig, CacheSnapshot, Census, MEMORY_MIN};
 pub use errseq::{ErrSeq, Sample};
 pub use file::{FilePages, Lease, Owner, PageRef, Want};
 pub use folio::Folio;

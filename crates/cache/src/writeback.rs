@@ -11,13 +11,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use pinfold_base::{PAGE_SIZE, Progress};
+use pinfold_base::{Errno, PAGE_SIZE, Progress};
 use pinfold_mem::Frame;
-use pinfold_store::{StoreError, Transfer};
+use pinfold_store::{Operation, StoreError, Transfer};
 
 use crate::CacheError;
 use crate::cache::Cache;
-use crate::file::FilePages;
+use crate::file::{Attempt, FilePages};
 use crate::folio::Folio;
 use crate::state::{DIRTY, ERROR, WRITEBACK};
 
@@ -146,6 +146,7 @@ impl<'a> Run<'a> {
             offset: start * PAGE_SIZE,
             segments,
             done: Box::new(move |outcome| {
+                let outcome = nothing_missing(outcome, start * PAGE_SIZE, bytes as u64);
                 file.end_write_back(start, &frames, &outcome);
                 // The pass may be all that its waiter needs: let go of the file first.
                 drop(file);
@@ -155,11 +156,106 @@ impl<'a> Run<'a> {
     }
 }
 
+/// Makes an error of a transfer that ended short without a reason: what was not taken is not stored.
+fn nothing_missing(outcome: Progress<StoreError>, offset: u64, bytes: u64) -> Progress<StoreError> {
+    if outcome.stop.is_some() || outcome.done >= bytes {
+        return outcome;
+    }
+    Progress::stopped(
+        outcome.done,
+        StoreError {
+            operation: Operation::Write,
+            offset: offset + outcome.done,
+            len: bytes - outcome.done,
+            errno: Errno::EIO,
+        },
+    )
+}
+
 impl Drop for Run<'_> {
     fn drop(&mut self) {
         for (i, &frame) in self.frames.iter().enumerate() {
             self.file.undo_write_back(self.start + i as u64, frame);
         }
+    }
+}
+
+/// One pass over a file's dirty pages.
+///
+/// It never waits while it keeps pages in WRITEBACK that it has not sent: whoever it waited for might wait for those.
+struct Sweep<'a> {
+    file: &'a Arc<FilePages>,
+    mode: Mode,
+    pass: Arc<Pass>,
+    run: Run<'a>,
+    batch: Vec<Transfer>,
+    /// Pages whose bytes another pass is storing: to be waited for at the end.
+    elsewhere: Vec<u64>,
+    sent: usize,
+}
+
+impl<'a> Sweep<'a> {
+    /// Moves one page from DIRTY to WRITEBACK and gathers it, unless it is gone, clean, past the end, or not worth
+    /// waiting for.
+    fn visit(&mut self, page: u64) {
+        if !self.run.accepts(page) {
+            self.close_run();
+            if self.batch.len() >= SUBMIT_BATCH {
+                self.send();
+            }
+        }
+        let Some(mut folio) = self.lock(page) else {
+            return;
+        };
+        if self.mode == Mode::Integrity && folio.is_dirty() && folio.is_under_writeback() {
+            // Older data of this page is in flight, perhaps in what this pass has gathered (G-2).
+            drop(folio);
+            self.send();
+            self.file.wait_page_written(page);
+            match self.lock(page) {
+                Some(again) => folio = again,
+                None => return,
+            }
+        }
+        if folio.is_under_writeback() {
+            // Another pass has taken the bytes that this one came for: stored they are only when that one ends.
+            if self.mode == Mode::Integrity {
+                self.elsewhere.push(page);
+            }
+            return;
+        }
+        if !folio.is_dirty() {
+            return;
+        }
+        if let Some((frame, len)) = self.file.start_write(folio) {
+            self.run.push(page, frame, len);
+            self.sent += 1;
+        }
+    }
+
+    fn lock(&mut self, page: u64) -> Option<Folio<'a>> {
+        match self.file.try_lock(page) {
+            Attempt::Locked(folio) => Some(folio),
+            Attempt::Busy(_) if self.mode == Mode::Integrity => {
+                self.send();
+                self.file.lock(page)
+            }
+            Attempt::Busy(_) | Attempt::Gone => None,
+        }
+    }
+
+    fn close_run(&mut self) {
+        self.batch.extend(self.run.take_transfer(&self.pass));
+    }
+
+    /// Submits everything gathered so far.
+    fn send(&mut self) {
+        self.close_run();
+        if self.batch.is_empty() {
+            return;
+        }
+        self.pass.wait_below(IN_FLIGHT_MAX + self.batch.len());
+        self.file.object().write(std::mem::take(&mut self.batch));
     }
 }
 
@@ -173,95 +269,57 @@ impl FilePages {
         range: Range<u64>,
         mode: Mode,
     ) -> Result<usize, StoreError> {
-        let limit = match mode {
-            Mode::Integrity => usize::MAX,
-            Mode::Opportunistic => VISIT_PAGES_MAX,
+        let (todo, under_way) = self.to_write(range, mode);
+        let mut sweep = Sweep {
+            file: self,
+            mode,
+            pass: Arc::new(Pass::default()),
+            run: Run::new(self),
+            batch: Vec::new(),
+            elsewhere: under_way,
+            sent: 0,
         };
-        let (todo, under_way) = {
-            let state = self.dirty.lock();
-            let under_way = match mode {
-                Mode::Integrity => state.writing.pages_in(range.clone(), usize::MAX),
-                Mode::Opportunistic => Vec::new(),
-            };
-            (state.dirty.pages_in(range, limit), under_way)
-        };
-        let pass = Arc::new(Pass::default());
-        let mut run = Run::new(self);
-        let mut batch = Vec::new();
-        let mut sent = 0;
         for page in todo {
-            if !run.accepts(page) {
-                batch.extend(run.take_transfer(&pass));
-                if batch.len() >= SUBMIT_BATCH {
-                    self.submit(&mut batch, &pass);
-                }
-            }
-            let Some((frame, len)) = self.claim(page, mode, &pass, &mut run, &mut batch) else {
-                continue;
-            };
-            run.push(page, frame, len);
-            sent += 1;
+            sweep.visit(page);
         }
-        batch.extend(run.take_transfer(&pass));
-        self.submit(&mut batch, &pass);
-        let error = pass.finish();
-        for page in under_way {
+        sweep.send();
+        let (sent, error) = (sweep.sent, sweep.pass.finish());
+        for page in std::mem::take(&mut sweep.elsewhere) {
             self.wait_page_written(page);
         }
         if sent > 0 {
             self.tell_owner();
         }
+        if !self.cache().flusher_runs() {
+            self.cache().delist_clean();
+        }
         error.map_or(Ok(sent), Err)
     }
 
-    fn submit(self: &Arc<Self>, batch: &mut Vec<Transfer>, pass: &Pass) {
-        if batch.is_empty() {
-            return;
+    /// Lists what a pass visits, and what is under way already.
+    fn to_write(&self, range: Range<u64>, mode: Mode) -> (Vec<u64>, Vec<u64>) {
+        let mut state = self.dirty.lock();
+        if mode == Mode::Integrity {
+            return (
+                state.dirty.pages_in(range.clone(), usize::MAX),
+                state.writing.pages_in(range, usize::MAX),
+            );
         }
-        pass.wait_below(IN_FLIGHT_MAX + batch.len());
-        self.object().write(std::mem::take(batch));
+        let from = state.cursor.clamp(range.start, range.end);
+        let mut pages = state.dirty.pages_in(from..range.end, VISIT_PAGES_MAX);
+        let left = VISIT_PAGES_MAX - pages.len();
+        pages.extend(state.dirty.pages_in(range.start..from, left));
+        state.cursor = pages.last().map_or(0, |&last| last + 1);
+        (pages, Vec::new())
     }
 
-    /// Moves one page from DIRTY to WRITEBACK; `None` when it is gone, clean, past the end, or not worth waiting for.
-    fn claim(
-        self: &Arc<Self>,
-        page: u64,
-        mode: Mode,
-        pass: &Arc<Pass>,
-        run: &mut Run<'_>,
-        batch: &mut Vec<Transfer>,
-    ) -> Option<(Frame, usize)> {
-        let folio = self.lock(page)?;
-        let state = &self.cache().header(folio.frame()).state;
-        if state.load() & DIRTY == 0 {
-            return None;
-        }
-        if state.load() & WRITEBACK != 0 {
-            if mode == Mode::Opportunistic {
-                return None;
-            }
-            // Older data of this page is in flight, perhaps in what this pass has gathered: send that, then wait (G-2).
-            drop(folio);
-            batch.extend(run.take_transfer(pass));
-            self.object().write(std::mem::take(batch));
-            self.wait_page_written(page);
-            let folio = self.lock(page)?;
-            return self.start_write(folio);
-        }
-        self.start_write(folio)
-    }
-
-    fn start_write(self: &Arc<Self>, folio: Folio<'_>) -> Option<(Frame, usize)> {
+    /// Moves a locked dirty page to WRITEBACK and unlocks it; `None` when it lies past the end.
+    fn start_write(&self, folio: Folio<'_>) -> Option<(Frame, usize)> {
         let page = folio.page();
-        let state = &self.cache().header(folio.frame()).state;
-        if state.load() & DIRTY == 0 || state.load() & WRITEBACK != 0 {
-            return None;
-        }
         let end = self.end();
         let start = page * PAGE_SIZE;
         if start >= end {
-            // Beyond the end: a truncation is about to drop it.
-            folio.discard();
+            // A truncation under way has lowered the size and is about to drop the page: it waits for nobody but it.
             return None;
         }
         let len = usize::try_from(end - start).unwrap_or(PAGE).min(PAGE);
@@ -270,17 +328,20 @@ impl FilePages {
             folio.zero_from(len);
         }
         let cache = self.cache();
-        state.clean_for_write();
-        {
-            let mut dirty = self.dirty.lock();
-            dirty.dirty.remove(page);
-            dirty.writing.insert(page);
-            if dirty.dirty.is_empty() {
-                dirty.since = None;
+        cache.header(folio.frame()).state.clean_for_write();
+        let (was_dirty, was_writing) = {
+            let mut state = self.dirty.lock();
+            let was_dirty = state.dirty.remove(page);
+            if state.dirty.is_empty() {
+                state.since = None;
             }
-        }
-        cache.dirty_pages.fetch_sub(1, Ordering::Relaxed);
+            (was_dirty, !state.writing.insert(page))
+        };
+        debug_assert!(was_dirty && !was_writing, "{page} was not accounted for");
         cache.writing_pages.fetch_add(1, Ordering::Relaxed);
+        if was_dirty {
+            cache.dirty_pages.fetch_sub(1, Ordering::Relaxed);
+        }
         let frame = folio.frame();
         drop(folio);
         Some((frame, len))
@@ -346,6 +407,7 @@ impl FilePages {
 pub(crate) struct Flusher {
     wanted: Mutex<Wanted>,
     kicked: Condvar,
+    running: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -363,15 +425,32 @@ impl Cache {
     /// The system refuses a thread.
     pub fn start_flusher(self: &Arc<Self>) -> std::io::Result<std::thread::JoinHandle<()>> {
         let cache = Arc::clone(self);
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("pinfold-flush".into())
-            .spawn(move || cache.flush_loop())
+            .spawn(move || cache.flush_loop())?;
+        self.flusher.running.store(true, Ordering::Release);
+        Ok(thread)
     }
 
-    /// Asks the background thread to end. What is dirty stays so.
+    /// Asks the background thread to end. What is dirty stays so; from now on whoever runs out of clean pages writes
+    /// some back himself.
     pub fn stop_flusher(&self) {
+        self.flusher.running.store(false, Ordering::Release);
         self.flusher.wanted.lock().stop = true;
         self.flusher.kicked.notify_all();
+    }
+
+    fn flusher_runs(&self) -> bool {
+        self.flusher.running.load(Ordering::Acquire)
+    }
+
+    /// Gets dirty pages written for somebody who waits for that: by the flusher, or here where none runs.
+    pub(crate) fn press(&self) {
+        if self.flusher_runs() {
+            self.kick_flusher(true);
+        } else {
+            self.flush_once(true);
+        }
     }
 
     pub(crate) fn kick_flusher(&self, starved: bool) {
@@ -386,7 +465,9 @@ impl Cache {
     /// Makes the flusher know a file that has dirty pages.
     pub(crate) fn enlist_dirty(&self, file: &Arc<FilePages>) {
         if !file.listed.load(Ordering::SeqCst) {
-            self.dirty_files.lock().insert(file.id(), Arc::clone(file));
+            // Both under the lock: a flag set after somebody delisted the file again would keep it off the list for good.
+            let mut files = self.dirty_files.lock();
+            files.insert(file.id(), Arc::clone(file));
             file.listed.store(true, Ordering::SeqCst);
         }
     }
@@ -431,6 +512,7 @@ impl Cache {
     /// Writes what is too old, and while too much is dirty, whatever is.
     fn flush_once(&self, starved: bool) {
         let mut visited = HashSet::new();
+        let mut failed = HashSet::new();
         loop {
             let pressed = starved || self.dirty_pages() > self.background_pages();
             let now = Instant::now();
@@ -439,6 +521,7 @@ impl Cache {
                 .lock()
                 .values()
                 .filter_map(|file| Some((file.dirty_since()?, Arc::clone(file))))
+                .filter(|(_, file)| !failed.contains(&file.id()))
                 .filter(|(since, file)| {
                     let old = now.duration_since(*since) >= self.config.dirty_age_max;
                     old && !visited.contains(&file.id()) || pressed
@@ -448,11 +531,15 @@ impl Cache {
             let mut sent = 0;
             for (_, file) in &candidates {
                 visited.insert(file.id());
-                // An error is recorded in the file's errseq, where fsync finds it.
-                sent += file
-                    .write_back(0..u64::MAX, Mode::Opportunistic)
-                    .unwrap_or(1);
-                if self.flusher.wanted.lock().stop {
+                match file.write_back(0..u64::MAX, Mode::Opportunistic) {
+                    Ok(pages) => sent += pages,
+                    // It is recorded in the file's errseq, where fsync finds it. Where such pages stay dirty, trying
+                    // again at once would spin for as long as the store fails.
+                    Err(_) => {
+                        failed.insert(file.id());
+                    }
+                }
+                if self.flusher_runs() && self.flusher.wanted.lock().stop {
                     return;
                 }
             }
@@ -533,7 +620,7 @@ impl Cache {
             {
                 return Err(CacheError::Interrupted);
             }
-            self.kick_flusher(false);
+            self.press();
             let share = (dirty - free) as f64 / (limit - free).max(1) as f64;
             let until = Instant::now() + PAUSE_MAX.mul_f64(share.min(1.0));
             while Instant::now() < until && self.dirty_pages() > free {

@@ -9,6 +9,7 @@ use pinfold_cache::{CacheError, Want};
 use pinfold_mem::{AlignedBuf, IovCursor, Segments};
 use std::sync::Arc;
 
+use crate::direct::past_cache;
 use crate::engine::Reserve;
 use crate::error::Error;
 use crate::file::File;
@@ -126,9 +127,6 @@ impl File {
             }
         };
         cursor.reexpand(cursor.count() + write.held_back);
-        if write.done > 0 {
-            self.inode().pages().note_dirty_file();
-        }
         (
             Progress {
                 done: write.done,
@@ -171,18 +169,21 @@ impl File {
                 }
             };
             let segments = Segments::of_buf(&Arc::new(buf), len);
-            let written = inode.object().write_wait(pos, &segments);
+            let _blocked = inode.pages().gate().block();
+            let written = past_cache(inode, pos, len, || {
+                inode.object().write_wait(pos, &segments)
+            });
             cursor.restore(mark);
             // At most BOUNCE_BYTES.
             cursor.advance(written.done as usize);
             pos += written.done;
             done += written.done;
-            if written.done > 0 {
-                inode.pages().set_end(inode.len().max(pos));
-                inode.touch_modified();
-            }
             if let Some(error) = written.stop {
                 break Some(Error::store("write", error));
+            }
+            if written.done == 0 {
+                // The store took nothing and gave no reason: asking again would not end.
+                break Some(Error::invalid("write", pinfold_base::Errno::EIO));
             }
         };
         (Progress { done, stop }, pos)
@@ -327,20 +328,13 @@ impl Write<'_> {
                 _ => Round::OnlyGood(good),
             });
         }
-        folio.commit();
-        self.wrote(good as u64);
-        Ok(Round::Wrote)
-    }
-
-    /// Publishes `bytes` new bytes at the position.
-    fn wrote(&mut self, bytes: u64) {
-        let inode = self.file.inode();
-        self.pos += bytes;
-        self.done += bytes;
-        if self.pos > inode.len() {
-            inode.pages().set_end(self.pos);
-        }
+        self.pos += good as u64;
+        self.done += good as u64;
+        folio.commit_to(self.pos);
+        // At once and not when the call ends: it may have to wait for its own pages to be written back.
+        pages.note_dirty_file();
         inode.touch_modified();
+        Ok(Round::Wrote)
     }
 
     /// Writes bytes that were taken into a bounce buffer: a copy from there cannot fault.

@@ -148,32 +148,48 @@ fn write_locked(
         return Progress::stopped(0, Stop::Refused(error));
     }
     let pages = inode.pages();
-    let range = page_span(offset, cursor.count() as u64);
-    if how.nowait && pages.resident(range.clone()) > 0 {
+    let count = cursor.count();
+    if how.nowait && pages.resident(page_span(offset, count as u64)) > 0 {
         return Progress::stopped(
             0,
             Stop::Refused(Error::cache("write", CacheError::WouldBlock)),
         );
     }
+    let _blocked = pages.gate().block();
+    let moved = past_cache(inode, offset, count, || {
+        transfer(cursor, |segments| object.write_wait(offset, segments))
+    });
+    // At most the cursor's count.
+    cursor.advance(moved.done as usize);
+    moved
+}
+
+/// Has `submit` store `count` bytes at `offset`, and sees to it that the cache keeps no older copy of them and the file
+/// reaches to their end. The caller holds the inode's lock and blocks the gate.
+pub(crate) fn past_cache<E: From<StoreError>>(
+    inode: &Inode,
+    offset: u64,
+    count: usize,
+    submit: impl FnOnce() -> Progress<E>,
+) -> Progress<E> {
+    let pages = inode.pages();
+    let range = page_span(offset, count as u64);
     if offset > pages.end() {
         pages.zero_past_end(pages.end());
     }
-    let _blocked = pages.gate().block();
     // The pages at both ends may hold bytes beside the range: those must be stored before the pages go.
     let bytes = range.start * PAGE_SIZE..range.end.saturating_mul(PAGE_SIZE);
     if let Err(error) = inode.flush_range(bytes) {
-        return Progress::stopped(0, Stop::Io(error));
+        return Progress::stopped(0, error.into());
     }
     pages.invalidate(range.clone());
-    let moved = transfer(cursor, |segments| object.write_wait(offset, segments));
+    let moved = submit();
     if moved.done > 0 {
         pages.set_end(pages.end().max(offset + moved.done));
         inode.touch_modified();
     }
     // After the size is raised, and on errors too: what was submitted may have been stored (C-2, C-10).
     pages.invalidate(range);
-    // At most the cursor's count.
-    cursor.advance(moved.done as usize);
     moved
 }
 
@@ -206,6 +222,12 @@ enum Stop {
     BadBuffer,
     Io(StoreError),
     Refused(Error),
+}
+
+impl From<StoreError> for Stop {
+    fn from(error: StoreError) -> Self {
+        Self::Io(error)
+    }
 }
 
 impl Stop {

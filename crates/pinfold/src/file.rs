@@ -6,15 +6,18 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use pinfold_base::{Errno, PAGE_SIZE, Progress};
+use pinfold_base::{Errno, PAGE_SIZE, Progress, page_span};
 use pinfold_cache::{Lease, ReadAhead, Sample, Want};
-use pinfold_mem::IovCursor;
+use pinfold_mem::{AlignedBuf, IovCursor};
 use pinfold_store::{Seek, SyncScope};
 
 use crate::error::{Error, Result};
 use crate::inode::Inode;
 use crate::io::{CALL_BYTES_MAX, IoOptions, check_range};
 use crate::node::Node;
+
+/// Rounds of gathering pages for a lease before their bytes are copied instead.
+const LEND_TRIES_MAX: u32 = 4;
 
 /// What an open file description may do, and how.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -225,13 +228,12 @@ impl File {
         } else {
             self.write_buffered(cursor, offset, &how)
         };
-        if how.dsync && progress.done > 0 {
-            let mut seen = *self.seen.lock();
-            if let Err(error) = self.inode.sync(SyncScope::Data, &mut seen) {
-                *self.seen.lock() = seen;
-                // A sync error replaces the count (section C).
-                return (Progress::stopped(0, error), end);
-            }
+        if how.dsync
+            && progress.done > 0
+            && let Err(error) = self.inode.sync(SyncScope::Data, &self.seen)
+        {
+            // A sync error replaces the count (section C).
+            return (Progress::stopped(0, error), end);
         }
         (progress, end)
     }
@@ -263,7 +265,7 @@ impl File {
     }
 
     /// Lends the cached bytes at `offset` for a reply that is sent from our frames: at most `len` bytes, fewer at the end
-    /// of the file.
+    /// of the file. Where too much is lent out already, or pages come and go too fast, the bytes are a copy.
     ///
     /// # Errors
     /// As [`File::read_at`], when not even the first byte can be had.
@@ -271,34 +273,67 @@ impl File {
         self.may_read("read")?;
         check_range("read", offset, len)?;
         let pages = self.inode.pages();
-        let mut lease = Lease::new(pages);
-        let mut pos = offset;
-        let stop = offset.saturating_add(len as u64);
-        while pos < stop.min(pages.end()) {
-            let (page, at) = (pos / PAGE_SIZE, (pos % PAGE_SIZE) as usize);
+        let mut stop = offset.saturating_add(len as u64);
+        for _ in 0..LEND_TRIES_MAX {
+            let span = page_span(offset, stop.min(pages.end()).saturating_sub(offset));
+            // At most what `len` spans, a usize.
+            let Some(mut lease) = Lease::reserve(pages, (span.end - span.start) as usize) else {
+                break;
+            };
+            let Some(missing) = self.gather(&mut lease, offset..stop, span.end) else {
+                return Ok(lease);
+            };
+            // Nothing is lent while this thread waits: a direct write may want those pages gone, and this one after.
+            drop(lease);
             let want = Want {
-                pages: (stop.min(pages.end()))
-                    .div_ceil(PAGE_SIZE)
-                    .saturating_sub(page)
-                    .max(1),
+                pages: span.end.saturating_sub(missing).max(1),
                 ahead: Some(&self.ahead),
                 nowait: false,
             };
-            let found = match pages.read(page, &want) {
-                Ok(found) => found,
-                Err(_) if !lease.is_empty() => break,
-                Err(error) => return Err(Error::cache("read", error)),
+            match pages.read(missing, &want) {
+                Ok(_) => {}
+                Err(error) if missing * PAGE_SIZE <= offset => {
+                    return Err(Error::cache("read", error));
+                }
+                Err(_) => stop = missing * PAGE_SIZE,
+            }
+        }
+        let len = stop.min(pages.end()).saturating_sub(offset);
+        // At most `len` as it was given, a usize.
+        let mut copy = AlignedBuf::zeroed(len as usize);
+        let mut cursor = IovCursor::from_mut_slice(&mut copy.as_mut_slice()[..len as usize]);
+        let done = posix(self.read_buffered(&mut cursor, offset, &IoOptions::default()))?;
+        Ok(Lease::of_copy(pages, copy, done))
+    }
+
+    /// Adds what is cached of `bytes`, up to page `last`, without waiting; returns the first page that is not.
+    fn gather(&self, lease: &mut Lease, bytes: Range<u64>, last: u64) -> Option<u64> {
+        let pages = self.inode.pages();
+        let mut pos = bytes.start;
+        while pos < bytes.end.min(pages.end()) {
+            let (page, at) = (pos / PAGE_SIZE, (pos % PAGE_SIZE) as usize);
+            if page >= last {
+                // The file has grown since the lease was reserved: by then it had ended here.
+                return None;
+            }
+            let want = Want {
+                pages: 1,
+                ahead: Some(&self.ahead),
+                nowait: true,
+            };
+            let Ok(found) = pages.read(page, &want) else {
+                return Some(page);
             };
             // The size again, after the page was seen valid (B-4).
-            let end = stop.min(pages.end());
+            let end = bytes.end.min(pages.end());
             let n = end.saturating_sub(pos).min(PAGE_SIZE - at as u64);
             if n == 0 {
-                break;
+                return None;
             }
             lease.push(found, at, n as usize);
             pos += n;
         }
-        Ok(lease)
+        None
     }
 
     /// Sets the size: what is cut off is gone, what is added reads as zeros.
@@ -317,7 +352,7 @@ impl File {
     /// # Errors
     /// The error of a write-back since the last report, or of this one.
     pub fn sync_all(&self) -> Result<()> {
-        self.inode.sync(SyncScope::All, &mut self.seen.lock())
+        self.inode.sync(SyncScope::All, &self.seen)
     }
 
     /// Writes back and makes data durable, and of the rest what is needed to read it.
@@ -325,7 +360,7 @@ impl File {
     /// # Errors
     /// As [`File::sync_all`].
     pub fn sync_data(&self) -> Result<()> {
-        self.inode.sync(SyncScope::Data, &mut self.seen.lock())
+        self.inode.sync(SyncScope::Data, &self.seen)
     }
 
     /// Starts nothing that lasts: writes back the dirty pages of `range` and waits, without making them durable

@@ -8,14 +8,15 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 
+use parking_lot::Mutex;
 use pinfold_base::rank::{Rank, ReadGuard, RwLock, WriteGuard};
-use pinfold_base::{Errno, PAGE_SIZE, page_span};
+use pinfold_base::{Errno, page_span};
 use pinfold_cache::{FilePages, Mode, Owner, Sample};
 use pinfold_mem::clock;
 use pinfold_store::{Object, StoreError, SyncScope};
 
 use crate::engine::Engine;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// Told when the engine has changed the stored file, so that times can be put right; implemented by the node.
 pub(crate) trait Backing: Send + Sync {
@@ -177,18 +178,21 @@ impl Inode {
         }
     }
 
-    /// Writes back and makes durable, then reports an error not yet reported through `sample`.
-    pub(crate) fn sync(&self, scope: SyncScope, sample: &mut Sample) -> Result<()> {
+    /// Writes back and makes durable, then reports an error not yet reported through `seen`.
+    ///
+    /// Nothing is held while it waits. What this very call could not store it reports whatever another thread has heard
+    /// meanwhile through the same open file.
+    pub(crate) fn sync(&self, scope: SyncScope, seen: &Mutex<Sample>) -> Result<()> {
         let flushed = self.flush_range(0..u64::MAX);
-        if let Err(error) = self.object().sync(scope) {
+        let synced = self.object().sync(scope);
+        if let Err(error) = synced {
             self.pages.errors().set(error.errno);
         }
-        match self.pages.errors().check_and_advance(sample) {
-            None => Ok(()),
-            Some(errno) => Err(match flushed {
-                Err(error) if error.errno == errno => Error::store("sync", error),
-                _ => Error::new("sync", crate::error::ErrorKind::Store(errno)),
-            }),
+        let unreported = self.pages.errors().check_and_advance(&mut seen.lock());
+        match (flushed.and(synced), unreported) {
+            (Ok(()), None) => Ok(()),
+            (Ok(()), Some(errno)) => Err(Error::new("sync", ErrorKind::Store(errno))),
+            (Err(error), _) => Err(Error::store("sync", error)),
         }
     }
 
@@ -208,10 +212,8 @@ impl Inode {
         let old = self.pages.end();
         let _blocked = self.pages.gate().block();
         if len < old {
-            // Size first, so that no reader goes past it; then the pages; then the store (section F, truncate).
-            self.pages.set_end(len);
-            self.pages.zero_past_end(len);
-            self.pages.discard(len.div_ceil(PAGE_SIZE)..u64::MAX);
+            // The size, the pages, then the store (section F, truncate).
+            self.pages.truncate(len);
         } else if len > old {
             self.pages.zero_past_end(old);
         }

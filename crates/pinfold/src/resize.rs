@@ -1,13 +1,13 @@
 //! Ranges that change as a whole: reserve, punch, zero, collapse, insert.
 //!
-//! The order is truncate's (SEMANTICS.md section F): edges in place, then the gate blocked, the pages dropped, the store
-//! told.
+//! The gate is blocked, the store told, the pages dropped; edges are zeroed in place (SEMANTICS.md section F). The store
+//! goes first because it may refuse, and then nothing may have changed.
 
 use std::ops::Range;
 
 use pinfold_base::units::FILE_SIZE_MAX;
 use pinfold_base::{Errno, PAGE_SIZE};
-use pinfold_store::Rearrange;
+use pinfold_store::{Rearrange, StoreResult};
 
 use crate::error::{Error, Result};
 use crate::file::File;
@@ -93,31 +93,54 @@ fn grow(inode: &Inode, end: u64) -> Result<()> {
 
 /// Zeroes a range: whole pages in the store, edges in the cache.
 fn zero(inode: &Inode, range: &Range<u64>, reserve: bool) -> Result<()> {
-    let pages = inode.pages();
     let end = inode.len();
     let whole = range.start.div_ceil(PAGE_SIZE) * PAGE_SIZE..range.end / PAGE_SIZE * PAGE_SIZE;
+    if whole.start < whole.end {
+        zero_pages(inode, &whole, reserve)
+            .map_err(|error| Error::store("punch a hole in", error))?;
+    }
     if whole.start > whole.end {
         zero_edge(inode, range.start..range.end.min(end))?;
     } else {
         zero_edge(inode, range.start..whole.start.min(end))?;
         zero_edge(inode, whole.end..range.end.min(end))?;
     }
-    if whole.start < whole.end {
-        let _blocked = pages.gate().block();
-        pages.discard(whole.start / PAGE_SIZE..whole.end / PAGE_SIZE);
-        let object = inode.object();
-        let told = if reserve {
-            object.rearrange(Rearrange::Zero, whole)
-        } else {
-            object.punch(whole)
-        };
-        told.map_err(|error| Error::store("punch a hole in", error))?;
-    }
     if reserve {
         inode
             .object()
             .allocate(range.clone())
             .map_err(|error| Error::store("allocate space in", error))?;
+    }
+    Ok(())
+}
+
+/// Zeroes whole pages in the store and drops them from the cache.
+fn zero_pages(inode: &Inode, whole: &Range<u64>, reserve: bool) -> StoreResult<()> {
+    let (pages, object) = (inode.pages(), inode.object());
+    let _blocked = pages.gate().block();
+    let tell = || {
+        if reserve {
+            object.rearrange(Rearrange::Zero, whole.clone())
+        } else {
+            object.punch(whole.clone())
+        }
+    };
+    let newer = pages
+        .next_dirty(whole.start / PAGE_SIZE)
+        .is_some_and(|page| page * PAGE_SIZE < whole.end);
+    // The store first, which may not be able to: then nothing has changed, and least of all are dirty pages lost.
+    tell()?;
+    pages.discard(whole.start / PAGE_SIZE..whole.end / PAGE_SIZE);
+    if newer {
+        // A transfer that was under way may have stored a page again; the pages waited for it.
+        tell()?;
+    }
+    let end = inode.len();
+    if whole.contains(&end.saturating_sub(1)) && object.len()? < end {
+        // The page that would have brought the size to the store is gone. What is dirty goes first (data, then size); if
+        // that fails, the errseq tells.
+        let _ = inode.flush_range(0..whole.start);
+        object.set_len(end)?;
     }
     Ok(())
 }
