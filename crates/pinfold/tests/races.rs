@@ -1,0 +1,11 @@
+//! Races on one file through the public door: scripts that force an interleaving, and seeded storms.
+//!
+//! `PINFOLD_RACE_SECONDS=N` lets the storms run longer, `PINFOLD_RACE_SEED=N` begins at a chosen seed.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
+
+#[path = "races/rig.rs"]
+mod rig;
+#[path = "races/scripts.rs"]
+mod scripts;
+#[path = "races/storm.rs"]
+mod storm;
