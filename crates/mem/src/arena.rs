@@ -1,20 +1,22 @@
-//! Frames: one memfd per volume, mapped once, grown in chunks that are touched once and kept.
+//! Frames: one mapping per volume, grown in chunks that are touched once and kept.
 //!
 //! Filling or evicting a page costs no page-table work: a frame stays mapped at the same address for the life of
-//! the arena. A chunk is registered with io_uring as one fixed buffer. The size of the memfd is set at creation,
-//! sparse, because RLIMIT_FSIZE applies to growing one (SEMANTICS.md, fact 10).
+//! the arena. A chunk is registered with io_uring as one fixed buffer.
+//!
+//! The memory is private and anonymous because that is what the kernel backs with huge pages when asked: a
+//! transfer of neighbouring frames then is one physical run for the device, and a walk over many frames misses the TLB
+//! five hundred times less. Shared memory gets huge pages only where the administrator allows it, which by default he does
+//! not. docs/decisions/0005 has the figures.
 
 use std::any::Any;
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 use pinfold_base::{Errno, PAGE_SIZE, Progress};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
 use crate::copy::CopyStop;
 use crate::iov::IovCursor;
@@ -25,6 +27,8 @@ const PAGE: usize = PAGE_SIZE as usize;
 const CHUNK_BYTES_MIN: usize = 4 << 20;
 /// io_uring takes at most 16384 fixed buffers.
 const CHUNKS_MAX: usize = 16384;
+/// The size of a huge page on the architectures we run on; elsewhere the alignment is merely unnecessary.
+const HUGE: usize = 2 << 20;
 
 /// A page's worth of arena memory, by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -54,13 +58,6 @@ pub enum ArenaError {
         /// The budget asked for, in bytes.
         bytes: u64,
     },
-    /// RLIMIT_FSIZE is below the budget; it applies to memfds.
-    FileSizeLimit {
-        /// The budget asked for, in bytes.
-        bytes: u64,
-        /// The limit in force, in bytes.
-        limit: u64,
-    },
     /// A system call failed.
     System {
         /// Which one.
@@ -76,7 +73,6 @@ impl ArenaError {
     pub fn errno(&self) -> Errno {
         match self {
             Self::TooLarge { .. } => Errno::ENOMEM,
-            Self::FileSizeLimit { .. } => Errno::EFBIG,
             Self::System { errno, .. } => *errno,
         }
     }
@@ -86,10 +82,6 @@ impl fmt::Display for ArenaError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::TooLarge { bytes } => write!(f, "a budget of {bytes} bytes is too large"),
-            Self::FileSizeLimit { bytes, limit } => write!(
-                f,
-                "a budget of {bytes} bytes does not fit under RLIMIT_FSIZE ({limit} bytes), which applies to memfds"
-            ),
             Self::System { call, errno } => write!(f, "{call}: {errno}"),
         }
     }
@@ -99,9 +91,10 @@ impl std::error::Error for ArenaError {}
 
 /// The frames of one volume.
 pub struct Arena {
-    memfd: OwnedFd,
     base: NonNull<u8>,
     bytes: usize,
+    /// All that was mapped, the alignment's slack included.
+    mapped: Mapped,
     chunk_bytes: usize,
     /// Chunks that are populated, from the start; only grows.
     chunks_ready: AtomicUsize,
@@ -112,7 +105,14 @@ pub struct Arena {
     growth: Mutex<()>,
 }
 
-// SAFETY: the mapping is shared memory that lives until drop; all access is by raw copy, ownership of a frame is
+/// A mapping as it was made.
+#[derive(Clone, Copy)]
+struct Mapped {
+    addr: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the mapping lives until drop; all access is by raw copy, ownership of a frame is
 // handed out through the free list under its lock.
 unsafe impl Send for Arena {}
 // SAFETY: as for Send.
@@ -140,56 +140,54 @@ impl Arena {
             .filter(|b| b / PAGE_SIZE < u64::from(u32::MAX))
             .ok_or(too_large)?;
         let len = usize::try_from(rounded).map_err(|_| too_large)?;
-        let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
-        if let Some(limit) = limit
-            && limit < rounded
-        {
-            return Err(ArenaError::FileSizeLimit { bytes, limit });
-        }
         let system = |call| {
             move |errno: rustix::io::Errno| ArenaError::System {
                 call,
                 errno: Errno::from_raw(errno.raw_os_error()),
             }
         };
-        // Kernels before 6.3 do not know NOEXEC_SEAL; some that do warn when it is missing.
-        let memfd = memfd_create(
-            "pinfold-arena",
-            MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL,
-        )
-        .or_else(|_| memfd_create("pinfold-arena", MemfdFlags::CLOEXEC))
-        .map_err(system("memfd_create"))?;
-        ftruncate(&memfd, rounded).map_err(system("ftruncate"))?;
+        // Room to begin at a huge page's border; what is not touched is not memory.
+        let slack = if len >= HUGE { HUGE } else { 0 };
+        let mapped_len = len.checked_add(slack).ok_or(too_large)?;
         // SAFETY: a fresh mapping at an address of the kernel's choice.
         let addr = unsafe {
-            mmap(
+            mmap_anonymous(
                 std::ptr::null_mut(),
-                len,
+                mapped_len,
                 ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::SHARED | MapFlags::NORESERVE,
-                &memfd,
-                0,
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
             )
         }
         .map_err(system("mmap"))?;
-        let Some(base) = NonNull::new(addr.cast::<u8>()) else {
+        let Some(mapped) = NonNull::new(addr.cast::<u8>()) else {
             return Err(too_large);
         };
-        // A fork must not share frames with a child that has no engine (SEMANTICS.md, fact 8).
+        let skip = if slack > 0 {
+            mapped.align_offset(HUGE).min(slack)
+        } else {
+            0
+        };
+        // The result lies in the mapping, so it is not null.
+        let base = NonNull::new(mapped.as_ptr().wrapping_add(skip)).ok_or(too_large)?;
+        let mapped = Mapped {
+            addr: mapped,
+            len: mapped_len,
+        };
+        // A child has no engine (SEMANTICS.md, fact 8), and copying frames on write would take them from under the device.
         // SAFETY: advice on our own mapping.
-        unsafe { madvise(addr, len, Advice::LinuxDontFork) }
+        unsafe { madvise(addr, mapped_len, Advice::LinuxDontFork) }
             .map_err(system("madvise(DONTFORK)"))?;
-        // Fewer TLB misses where shared memory may use large pages; refused elsewhere, which is fine.
+        // Kernels without huge pages refuse; ordinary pages do the same work.
         // SAFETY: advice on our own mapping.
-        let _ = unsafe { madvise(addr, len, Advice::LinuxHugepage) };
+        let _ = unsafe { madvise(base.as_ptr().cast(), len, Advice::LinuxHugepage) };
         crate::copy::install();
         let chunk_bytes = CHUNK_BYTES_MIN
             .max((len / CHUNKS_MAX).next_multiple_of(CHUNK_BYTES_MIN))
             .min(len);
         Ok(Arc::new(Self {
-            memfd,
             base,
             bytes: len,
+            mapped,
             chunk_bytes,
             chunks_ready: AtomicUsize::new(0),
             free_hint: AtomicUsize::new(0),
@@ -233,12 +231,6 @@ impl Arena {
     #[must_use]
     pub fn chunks_ready(&self) -> usize {
         self.chunks_ready.load(Ordering::Acquire)
-    }
-
-    /// Returns the memfd.
-    #[must_use]
-    pub fn memfd(&self) -> BorrowedFd<'_> {
-        self.memfd.as_fd()
     }
 
     /// Takes up to `want` adjacent frames; `None` when none is free and the budget is used up.
@@ -396,7 +388,7 @@ impl Arena {
 impl Drop for Arena {
     fn drop(&mut self) {
         // SAFETY: mapped in `new` with this length; Segments hold an Arc, so none is left.
-        let _ = unsafe { munmap(self.base.as_ptr().cast(), self.bytes) };
+        let _ = unsafe { munmap(self.mapped.addr.as_ptr().cast(), self.mapped.len) };
     }
 }
 
@@ -531,6 +523,19 @@ mod tests {
         arena.alloc(1).unwrap().unwrap();
         assert_eq!(arena.chunks_ready(), 1);
         assert_eq!(arena.frames_available(), arena.frames_max() - 1);
+    }
+
+    #[test]
+    fn frames_begin_at_the_border_of_a_huge_page() {
+        for bytes in [2 << 20, 9 << 20, 64 << 20] {
+            assert!(
+                Arena::new(bytes)
+                    .unwrap()
+                    .base()
+                    .addr()
+                    .is_multiple_of(HUGE)
+            );
+        }
     }
 
     #[test]
