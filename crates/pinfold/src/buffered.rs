@@ -161,7 +161,7 @@ impl File {
                 pos = inode.len();
             }
             placed = true;
-            let len = match clamp_write(pos, len, inode.engine().file_size_limit) {
+            let len = match clamp_write(pos, len, inode.len(), inode.engine().file_size_limit) {
                 Ok(len) => len,
                 Err(error) => {
                     cursor.restore(mark);
@@ -255,7 +255,12 @@ impl Write<'_> {
             return Ok(());
         }
         let engine = inode.engine();
-        let allowed = clamp_write(self.pos, cursor.count(), engine.file_size_limit)?;
+        let allowed = clamp_write(
+            self.pos,
+            cursor.count(),
+            inode.len(),
+            engine.file_size_limit,
+        )?;
         self.held_back = cursor.truncate(allowed) - allowed;
         self.placed = true;
         if engine.reserve(cursor.count() as u64, inode.object().as_ref()) == Reserve::Exactly {

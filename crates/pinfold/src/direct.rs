@@ -110,7 +110,12 @@ impl File {
             return self.write_direct_round(cursor, offset, how, retry);
         }
         let offset = if how.append { inode.len() } else { offset };
-        let allowed = match clamp_write(offset, cursor.count(), inode.engine().file_size_limit) {
+        let allowed = match clamp_write(
+            offset,
+            cursor.count(),
+            inode.len(),
+            inode.engine().file_size_limit,
+        ) {
             Ok(allowed) => allowed,
             Err(error) => return refuse(error),
         };

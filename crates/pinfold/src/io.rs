@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use pinfold_base::units::FILE_SIZE_MAX;
 use pinfold_base::{Errno, PAGE_SIZE};
 use pinfold_cache::{CacheError, Pace};
-use pinfold_mem::{AlignedBuf, CopyStop, IovCursor, faultin, limits};
+use pinfold_mem::{AlignedBuf, CopyStop, IovCursor, clock, faultin, limits};
 
 use crate::error::{Error, ErrorKind};
 
@@ -88,14 +88,26 @@ pub(crate) fn check_range(operation: &'static str, offset: u64, count: usize) ->
         .at_range(offset..offset.saturating_add(count as u64)))
 }
 
-/// Clamps a write to the limits; `pos` is where it will begin.
+/// Clamps a write to the limits; `pos` is where it will begin, `end` the file's size now.
 ///
 /// Signals SIGXFSZ like the kernel when RLIMIT_FSIZE leaves nothing.
-pub(crate) fn clamp_write(pos: u64, count: usize, obey_rlimit: bool) -> Result<usize, Error> {
+pub(crate) fn clamp_write(
+    pos: u64,
+    count: usize,
+    end: u64,
+    obey_rlimit: bool,
+) -> Result<usize, Error> {
     let mut count = count.min(CALL_BYTES_MAX);
     let asked = pos..pos.saturating_add(count as u64);
-    let too_big = || Error::invalid("write", Errno::EFBIG).at_range(asked);
-    if obey_rlimit && let Some(limit) = limits::file_size() {
+    let limit = || {
+        if asked.end <= end {
+            limits::file_size_lately(clock::now_ns())
+        } else {
+            limits::file_size()
+        }
+    };
+    let too_big = || Error::invalid("write", Errno::EFBIG).at_range(asked.clone());
+    if obey_rlimit && let Some(limit) = limit() {
         if pos >= limit {
             limits::raise_file_size_signal();
             return Err(too_big());
