@@ -82,6 +82,8 @@ struct Core {
     files: RwLock<Files>,
     /// A direct transfer was refused although it was aligned as asked: none is tried again.
     refused: AtomicBool,
+    /// Whether there is a descriptor to read through, as in `files`: asked for by every buffered write.
+    readable: AtomicBool,
     /// The size as last seen. A hint that tells where the tail is; a wrong one costs time only.
     len_seen: AtomicU64,
 }
@@ -95,6 +97,7 @@ impl DirObject {
                 origin,
                 files: RwLock::new(Files::default()),
                 refused: AtomicBool::new(false),
+                readable: AtomicBool::new(false),
                 len_seen: AtomicU64::new(0),
             }),
             engine,
@@ -127,6 +130,7 @@ impl DirObject {
         let mut files = self.core.files.write();
         if let Some(pair) = pair {
             files.add(pair, read, write);
+            self.core.note_readable(&files);
         }
         files.openers += 1;
         Ok(())
@@ -143,7 +147,9 @@ impl DirObject {
             // transfers are buffered.
             let pair = Pair::new(plain, |flags| self.core.origin.reopen(mode | flags))?;
             self.note_len(&pair);
-            self.core.files.write().add(pair, read, write);
+            let mut files = self.core.files.write();
+            files.add(pair, read, write);
+            self.core.note_readable(&files);
         }
         self.core.files.write().openers += 1;
         Ok(())
@@ -165,6 +171,7 @@ impl DirObject {
             return false;
         }
         let closed = std::mem::take(&mut *files);
+        self.core.note_readable(&files);
         drop(files);
         drop(closed);
         true
@@ -397,6 +404,12 @@ impl DirObject {
 }
 
 impl Core {
+    /// Called with the lock of `files` held, after they changed.
+    fn note_readable(&self, files: &Files) {
+        self.readable
+            .store(files.reader.is_some(), Ordering::Release);
+    }
+
     fn pair(&self, op: Op) -> Option<Pair> {
         let files = self.files.read();
         match op {
@@ -453,7 +466,7 @@ impl Object for DirObject {
     }
 
     fn readable(&self) -> bool {
-        self.core.files.read().reader.is_some()
+        self.core.readable.load(Ordering::Acquire)
     }
 
     fn read(&self, batch: Vec<Transfer>) {
