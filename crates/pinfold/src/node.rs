@@ -468,7 +468,8 @@ impl Node {
             File::new(self.clone(), Arc::clone(&data.inode), access)
         };
         if options.wants_truncate() {
-            file.set_len(0)?;
+            // As open(2): even when opened for reading alone, if the mode allows writing.
+            data.inode.set_len(0)?;
         }
         Ok(file)
     }

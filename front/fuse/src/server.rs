@@ -34,8 +34,11 @@ const COPY_MAX: u64 = 16 << 20;
 const ALIGN: usize = 4096;
 
 /// The kernel's abilities that are used where it has them.
-const WANTED: [InitFlags; 11] = [
-    InitFlags::FUSE_ATOMIC_O_TRUNC,
+///
+/// Not among them: truncation as part of the open (`FUSE_ATOMIC_O_TRUNC`), which the kernel sends before it has looked
+/// whether the file is a running program; asynchronous direct I/O (`FUSE_ASYNC_DIO`), after which the kernel does not
+/// invalidate what was cached meanwhile; write-back caching, which would tell errors late.
+const WANTED: [InitFlags; 10] = [
     // The store applies the umask, or a default ACL instead of it.
     InitFlags::FUSE_DONT_MASK,
     InitFlags::FUSE_POSIX_ACL,
@@ -162,18 +165,10 @@ impl Server {
         }
     }
 
-    fn open_file(
-        &self,
-        request: &Request,
-        number: INodeNo,
-        flags: i32,
-    ) -> Answer<(u64, FopenFlags)> {
+    fn open_file(&self, number: INodeNo, flags: i32) -> Answer<(u64, FopenFlags)> {
         let node = self.node(number)?;
         let options = options(flags)?.create(false).create_new(false);
         let file = node.open(&options).map_err(refused)?;
-        if flags & libc::O_TRUNC != 0 {
-            self.drop_set_id_bits(request.uid(), &node);
-        }
         let version = node.content_version();
         let cached = self.inodes.still_cached(number.0, version);
         let handle = self.files.insert(OpenFile::new(file));
@@ -544,8 +539,8 @@ impl Filesystem for Server {
         self.answer_entry(linked, reply);
     }
 
-    fn open(&self, request: &Request, number: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        match self.open_file(request, number, flags.0) {
+    fn open(&self, _request: &Request, number: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        match self.open_file(number, flags.0) {
             Ok((handle, how)) => reply.opened(FileHandle(handle), how),
             Err(error) => reply.error(error),
         }
