@@ -131,8 +131,7 @@ impl Gate {
     #[cold]
     fn enter_slow(&self, side: Side) {
         let mut queue = self.queue.lock();
-        // SeqCst: either the leaver sees `contended`, or we see its count of zero (the store-buffer litmus).
-        self.contended.fetch_add(1, Ordering::SeqCst);
+        self.contended.fetch_add(1, Ordering::Relaxed);
         match side {
             Side::Add => queue.waiting_add += 1,
             Side::Block => queue.waiting_block += 1,
@@ -142,7 +141,10 @@ impl Gate {
                 Side::Add => queue.block_next && queue.waiting_block > 0,
                 Side::Block => !queue.block_next && queue.waiting_add > 0,
             };
-            if !others_turn && self.try_enter_seq_cst(side) {
+            // Announced above, tested here, both in the one order of `count`: either this sees the leaver's zero, or the
+            // leaver takes over from this and sees `contended`. Two plain words would need full fences (E-1).
+            self.count.fetch_add(0, Ordering::AcqRel);
+            if !others_turn && self.try_enter(side) {
                 break;
             }
             queue = self.changed.wait(queue);
@@ -159,21 +161,16 @@ impl Gate {
         if batch_done {
             queue.block_next = side == Side::Add;
         }
-        self.contended.fetch_sub(1, Ordering::SeqCst);
+        self.contended.fetch_sub(1, Ordering::Relaxed);
         drop(queue);
         self.changed.notify_all();
     }
 
-    fn try_enter_seq_cst(&self, side: Side) -> bool {
-        let count = self.count.load(Ordering::SeqCst);
-        count.signum() != -side.sign() && self.try_enter(side)
-    }
-
     #[inline]
     fn leave(&self, side: Side) {
-        let before = self.count.fetch_sub(side.sign(), Ordering::SeqCst);
+        let before = self.count.fetch_sub(side.sign(), Ordering::AcqRel);
         debug_assert_eq!(before.signum(), side.sign(), "the gate was left twice");
-        if before == side.sign() && self.contended.load(Ordering::SeqCst) != 0 {
+        if before == side.sign() && self.contended.load(Ordering::Relaxed) != 0 {
             // Taking the lock orders this wake-up after the sleeper's test (D-7).
             drop(self.queue.lock());
             self.changed.notify_all();
