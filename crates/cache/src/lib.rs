@@ -10,16 +10,16 @@
 //! index and the dirty set are leaves (class 6). Completions take leaves only. Nothing is held while user memory may
 //! fault: copies under a folio lock report faults instead of taking them (INV9).
 //!
-//! What keeps two operations on one page apart (a test walks this table):
+//! What keeps two operations on one page apart ([`separation`] is this table as code; a test races every pair):
 //!
 //! | | fill | read copy | write | write-back | evict | truncate |
 //! |---|---|---|---|---|---|---|
 //! | **fill** | index shard | not UPTODATE | folio lock | not DIRTY | LOCKED | gate, folio lock |
 //! | **read copy** | | – | – (as in the kernel) | – | reference | reference |
-//! | **write** | | | folio lock | folio lock, then DIRTY again | LOCKED, DIRTY | folio lock |
+//! | **write** | | | folio lock | folio lock, then DIRTY again | LOCKED, DIRTY | inode lock (above), folio lock |
 //! | **write-back** | | | | WRITEBACK | WRITEBACK | WRITEBACK |
 //! | **evict** | | | | | LOCKED | LOCKED |
-//! | **truncate** | | | | | | folio lock |
+//! | **truncate** | | | | | | inode lock (above), folio lock |
 
 pub mod cache;
 pub mod dirty;
@@ -30,6 +30,7 @@ pub mod gate;
 pub mod index;
 pub mod policy;
 pub mod readahead;
+pub mod separation;
 pub mod state;
 pub mod wait;
 pub mod writeback;
