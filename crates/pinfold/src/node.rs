@@ -684,8 +684,23 @@ impl Vnode {
     }
 
     fn attributes(self: &Arc<Self>) -> std::result::Result<Metadata, Errno> {
-        let quiet = self.data.get().and_then(|data| data.watch.quiet());
-        let stat = self.handle.stat()?;
+        let mut quiet = self.data.get().and_then(|data| data.watch.quiet());
+        let mut stat = self.handle.stat()?;
+        // Of a file that nobody has open the store knows best; of others the size is what their users made it.
+        if let (Some(data), Some(moment)) = (self.data.get(), quiet)
+            && !data.inode.is_open()
+            && data.watch.is_settled(moment)
+            && self
+                .stamps
+                .lock()
+                .seen
+                .is_some_and(|seen| seen != Seen::of(&stat))
+        {
+            // Refused where newer data is cached: then that is what the file is, until somebody opens it.
+            let _ = self.notice_strangers(data);
+            quiet = data.watch.quiet();
+            stat = self.handle.stat()?;
+        }
         Ok(self.merge(&self.stamps.lock(), &stat, quiet))
     }
 

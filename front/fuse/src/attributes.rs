@@ -1,6 +1,6 @@
 //! Attributes in FUSE's terms, and error numbers.
 
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{FileAttr, FileType, INodeNo, TimeOrNow};
 use pinfold::{Kind, Metadata, SetTime};
@@ -99,8 +99,17 @@ pub(crate) fn set_time(time: Option<TimeOrNow>) -> SetTime {
     match time {
         None => SetTime::Keep,
         Some(TimeOrNow::Now) => SetTime::Now,
-        Some(TimeOrNow::SpecificTime(at)) => SetTime::At(at),
+        Some(TimeOrNow::SpecificTime(at)) => SetTime::At(corrected(at)),
     }
+}
+
+/// Undoes a mistake of the protocol library (fuser 0.18), which takes the nanoseconds of a time before 1970 away instead
+/// of adding them. The mount's comparison with a plain directory fails when it is mended there.
+fn corrected(at: SystemTime) -> SystemTime {
+    let nanoseconds = UNIX_EPOCH
+        .duration_since(at)
+        .map_or(0, |before| before.subsec_nanos());
+    at + 2 * Duration::from_nanos(nanoseconds.into())
 }
 
 pub(crate) fn errno(number: pinfold::Errno) -> fuser::Errno {

@@ -1,0 +1,230 @@
+//! Mappings, direct and ordinary I/O on one file see the same bytes.
+
+use std::fs;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::support::{installed, mounted, mounted_with, python};
+
+#[test]
+fn shared_mappings_agree_with_reads_and_writes() {
+    let Some(fixture) = mounted() else { return };
+    if !installed("python3") {
+        return;
+    }
+    let path = fixture.mnt.join("a");
+    python(
+        r"
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+os.pwrite(fd, b'.' * 10000, 0)
+m = mmap.mmap(fd, 10000)
+other = os.open(sys.argv[1], os.O_RDWR)
+for i in range(2000):
+    at = (i * 37) % 9990
+    m[at:at + 4] = b'%04d' % i
+    assert os.pread(other, 4, at) == b'%04d' % i, ('store, then read', i)
+    os.pwrite(other, b'%04d' % (9999 - i), at)
+    assert m[at:at + 4] == b'%04d' % (9999 - i), ('write, then load', i)
+m.flush()
+os.fsync(fd)
+expected = m[:]
+m.close()
+assert os.pread(other, 10000, 0) == expected
+open(sys.argv[2], 'wb').write(expected)
+",
+        &[&path, &fixture.plain.join("expected")],
+    );
+    fixture.volume.sync().unwrap();
+    let expected = fs::read(fixture.plain.join("expected")).unwrap();
+    assert!(
+        fs::read(fixture.data.join("a")).unwrap() == expected,
+        "stored"
+    );
+}
+
+#[test]
+fn a_mapping_made_through_a_direct_descriptor_writes_back_its_tail() {
+    let Some(fixture) = mounted() else { return };
+    if !installed("python3") {
+        return;
+    }
+    let path = fixture.mnt.join("a");
+    fs::write(&path, vec![b'.'; 10_001]).unwrap();
+    python(
+        r"
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_DIRECT)
+m = mmap.mmap(fd, 10001)
+m[0:5] = b'start'
+m[9996:10001] = b'tail!'
+m.flush()
+m.close()
+os.close(fd)
+",
+        &[&path],
+    );
+    let expected = [b"start".as_slice(), &[b'.'; 9_991], b"tail!"].concat();
+    assert!(fs::read(&path).unwrap() == expected);
+    fixture.volume.sync().unwrap();
+    assert!(fs::read(fixture.data.join("a")).unwrap() == expected);
+}
+
+fn aligned(buf: &mut Vec<u8>, len: usize) -> &mut [u8] {
+    buf.resize(len + 4096, 0);
+    let start = buf.as_ptr().align_offset(4096);
+    &mut buf[start..start + len]
+}
+
+/// Section J's T35 and T36 through the kernel: after a direct write of a generation has returned, nobody reads an
+/// older one, cached, mapped or directly.
+#[test]
+fn nothing_older_than_a_finished_direct_write_is_read() {
+    let Some(fixture) = mounted() else { return };
+    const LEN: usize = 64 << 10;
+    let path = fixture.mnt.join("a");
+    fs::write(&path, vec![0; LEN]).unwrap();
+    let finished = AtomicU64::new(0);
+    let until = Instant::now() + Duration::from_secs(2);
+    let open = |flags| {
+        fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(flags)
+            .open(&path)
+            .unwrap()
+    };
+    let check = |buf: &[u8], least: u64, how: &str| {
+        for (page, bytes) in buf.chunks(4096).enumerate() {
+            let got = u64::from_le_bytes(bytes[..8].try_into().unwrap());
+            assert!(
+                got >= least,
+                "{how}: page {page} shows {got} after {least} was finished"
+            );
+        }
+    };
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let file = open(libc::O_DIRECT);
+            let mut buf = Vec::new();
+            let buf = aligned(&mut buf, LEN);
+            for generation in 1.. {
+                for page in buf.chunks_mut(4096) {
+                    page[..8].copy_from_slice(&u64::to_le_bytes(generation));
+                }
+                file.write_all_at(buf, 0).unwrap();
+                finished.store(generation, Ordering::SeqCst);
+                if Instant::now() > until {
+                    break;
+                }
+            }
+        });
+        for flags in [0, 0, libc::O_DIRECT] {
+            let (finished, check) = (&finished, &check);
+            let file = open(flags);
+            scope.spawn(move || {
+                let mut buf = Vec::new();
+                let buf = aligned(&mut buf, LEN);
+                while Instant::now() < until {
+                    let least = finished.load(Ordering::SeqCst);
+                    file.read_exact_at(buf, 0).unwrap();
+                    check(buf, least, if flags == 0 { "cached" } else { "direct" });
+                }
+            });
+        }
+    });
+    assert!(
+        finished.load(Ordering::SeqCst) > 10,
+        "the writer got somewhere"
+    );
+}
+
+/// The other way round: what was written through the cache is what a direct read sees.
+#[test]
+fn nothing_older_than_a_finished_cached_write_is_read_directly() {
+    let Some(fixture) = mounted() else { return };
+    let path = fixture.mnt.join("a");
+    fs::write(&path, vec![0; 8192]).unwrap();
+    let cached = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    let direct = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(&path)
+        .unwrap();
+    let mut buf = Vec::new();
+    let buf = aligned(&mut buf, 8192);
+    for generation in 1..500u64 {
+        cached
+            .write_all_at(&generation.to_le_bytes(), 4092)
+            .unwrap();
+        assert_eq!(direct.read_at(buf, 0).unwrap(), 8192);
+        assert_eq!(buf[4092..4100], generation.to_le_bytes());
+    }
+}
+
+#[test]
+fn appends_of_several_processes_lose_nothing() {
+    let Some(fixture) = mounted() else { return };
+    let path = fixture.mnt.join("log");
+    let script = "for i in $(seq 200); do echo \"$1 $i\" >> \"$2\"; done";
+    let children: Vec<_> = (0..4)
+        .map(|n| {
+            Command::new("sh")
+                .args(["-c", script, "sh", &n.to_string()])
+                .arg(&path)
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    for mut child in children {
+        assert!(child.wait().unwrap().success());
+    }
+    let text = fs::read_to_string(&path).unwrap();
+    let mut lines: Vec<&str> = text.lines().collect();
+    lines.sort_unstable();
+    lines.dedup();
+    assert_eq!(lines.len(), 800);
+    assert!(lines.iter().all(|line| line.split(' ').count() == 2));
+}
+
+#[test]
+fn a_file_larger_than_the_cache_comes_back_whole() {
+    let Some(fixture) = mounted_with(|builder| builder.memory(pinfold::MEMORY_MIN)) else {
+        return;
+    };
+    let path = fixture.mnt.join("big");
+    let bytes: Vec<u8> = (0..8_000_003u32).map(|i| (i ^ (i >> 8)) as u8).collect();
+    fs::write(&path, &bytes).unwrap();
+    assert!(fs::read(&path).unwrap() == bytes);
+    drop_kernel_cache(&path);
+    assert!(fs::read(&path).unwrap() == bytes);
+    fixture.volume.sync().unwrap();
+    assert!(fs::read(fixture.data.join("big")).unwrap() == bytes);
+}
+
+fn drop_kernel_cache(path: &std::path::Path) {
+    let file = fs::File::open(path).unwrap();
+    file.sync_all().unwrap();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+}
+
+#[test]
+fn no_space_is_told_by_the_write_that_does_not_fit() {
+    use pinfold::testing::{Action, FaultyObject, On, Rule};
+    use pinfold_store::Operation;
+    let layer = |inner| -> std::sync::Arc<dyn pinfold::Object> {
+        let faulty = FaultyObject::new(inner);
+        let full = Action::Fail(pinfold::Errno::ENOSPC);
+        faulty.add(Rule::new(On::Only(Operation::Allocate), full));
+        faulty
+    };
+    let Some(fixture) = mounted_with(|b| b.object_layer(std::sync::Arc::new(layer))) else {
+        return;
+    };
+    let file = fs::File::create(fixture.mnt.join("a")).unwrap();
+    let refused = rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, 4096);
+    assert_eq!(refused.unwrap_err(), rustix::io::Errno::NOSPC);
+}
