@@ -28,6 +28,7 @@ pub mod file;
 pub mod folio;
 pub mod gate;
 pub mod index;
+pub mod lease;
 pub mod policy;
 pub mod readahead;
 pub mod separation;
@@ -43,9 +44,10 @@ use pinfold_store::StoreError;
 
 pub use cache::{Cache, CacheConfig, CacheSnapshot, Census, MEMORY_MIN};
 pub use errseq::{ErrSeq, Sample};
-pub use file::{FilePages, Lease, Owner, PageRef, Want};
+pub use file::{FilePages, Owner, Want};
 pub use folio::Folio;
 pub use gate::Gate;
+pub use lease::{Lease, PageRef};
 pub use readahead::ReadAhead;
 pub use writeback::{Mode, Pace};
 

@@ -1,0 +1,174 @@
+//! Valid pages that somebody uses: by reference for a copy, or lent out.
+//!
+//! *Owns*: the references, given back by `Drop`; the share of the frames that may be lent.
+//!
+//! *Does not own*: how a page is found or made valid.
+//!
+//! *Locking*: none. A reference keeps the page from being dropped or reused (INV8), so whoever holds one must not wait for
+//! anybody who drops pages.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use pinfold_base::Progress;
+use pinfold_mem::{AlignedBuf, CopyStop, Frame, IoSpan, IovCursor, Segments};
+use smallvec::SmallVec;
+
+use crate::file::FilePages;
+use crate::state::RefOutcome;
+
+/// At most one frame in so many is lent out at a time.
+const LENT_SHARE: usize = 4;
+
+/// A valid page that stays where it is while this exists. Its bytes may change under it, as in the kernel.
+#[derive(Debug)]
+pub struct PageRef<'a> {
+    file: &'a FilePages,
+    frame: Frame,
+}
+
+impl<'a> PageRef<'a> {
+    /// Wraps a frame that the caller has just taken a reference to.
+    pub(crate) fn adopt(file: &'a FilePages, frame: Frame) -> Self {
+        Self { file, frame }
+    }
+
+    /// Takes a reference to a page whose lock the caller holds and whose contents are valid.
+    pub(crate) fn take_locked(file: &'a FilePages, frame: Frame) -> Self {
+        let outcome = file.cache().header(frame).state.try_ref();
+        debug_assert_eq!(
+            outcome,
+            RefOutcome::Taken,
+            "a locked valid page refused a reference"
+        );
+        Self { file, frame }
+    }
+
+    /// Returns the page's frame.
+    #[must_use]
+    pub fn frame(&self) -> Frame {
+        self.frame
+    }
+
+    /// Copies from the page to user memory without resolving faults.
+    #[inline]
+    pub fn copy_out(
+        &self,
+        at: usize,
+        len: usize,
+        target: &mut IovCursor<'_>,
+    ) -> Progress<CopyStop> {
+        self.file
+            .cache()
+            .arena
+            .copy_frame(self.frame, at, len, target)
+    }
+
+    /// Copies from the page to a slice of the library's own.
+    pub fn read(&self, at: usize, into: &mut [u8]) {
+        self.file.cache().arena.read_frame(self.frame, at, into);
+    }
+}
+
+impl Drop for PageRef<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        if self.file.cache().header(self.frame).state.unref() {
+            self.file.cache().wake(self.frame);
+        }
+    }
+}
+
+/// Pages lent out for a transfer the cache does not run: a reply on a FUSE device, say.
+///
+/// Whoever drops or replaces pages (truncation, punches, direct writes) waits for leases of them, so the holder of one
+/// must not wait for anything of the same cache.
+#[derive(Debug)]
+pub struct Lease {
+    file: Arc<FilePages>,
+    frames: SmallVec<[Frame; 32]>,
+    /// Pages this lease was promised, given back when it ends.
+    promised: usize,
+    segments: Segments,
+}
+
+impl Lease {
+    /// Makes an empty lease that `pages` pages may be added to; `None` when that much of the cache is lent out that
+    /// others would lack frames.
+    #[must_use]
+    pub fn reserve(file: &Arc<FilePages>, pages: usize) -> Option<Self> {
+        let cache = file.cache();
+        let limit = cache.pages_max() / LENT_SHARE;
+        cache
+            .lent_pages
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |lent| {
+                lent.checked_add(pages).filter(|&sum| sum <= limit)
+            })
+            .ok()?;
+        Some(Self {
+            file: Arc::clone(file),
+            frames: SmallVec::new(),
+            promised: pages,
+            segments: cache.arena.segments(),
+        })
+    }
+
+    /// Makes a lease of the first `len` bytes of a copy: it keeps nobody waiting.
+    #[must_use]
+    pub fn of_copy(file: &Arc<FilePages>, copy: AlignedBuf, len: usize) -> Self {
+        Self {
+            file: Arc::clone(file),
+            frames: SmallVec::new(),
+            promised: 0,
+            segments: Segments::of_buf(&Arc::new(copy), len),
+        }
+    }
+
+    /// Adds bytes `at .. at + len` of a page.
+    pub fn push(&mut self, page: PageRef<'_>, at: usize, len: usize) {
+        debug_assert!(
+            std::ptr::eq(page.file, &raw const *self.file),
+            "a lease is of one file"
+        );
+        debug_assert!(self.frames.len() < self.promised, "more than was reserved");
+        self.file
+            .cache()
+            .arena
+            .push_frame(&mut self.segments, page.frame, at, len);
+        self.frames.push(page.frame);
+        // The reference lives on in `frames`.
+        std::mem::forget(page);
+    }
+
+    /// Returns the bytes, in file order. They may change while they are read, as a page in the kernel's cache may.
+    #[must_use]
+    pub fn spans(&self) -> &[IoSpan] {
+        self.segments.spans()
+    }
+
+    /// Returns the number of bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.segments.bytes()
+    }
+
+    /// Tells whether nothing is lent.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.file
+            .cache()
+            .lent_pages
+            .fetch_sub(self.promised, Ordering::Relaxed);
+        for &frame in &self.frames {
+            if self.file.cache().header(frame).state.unref() {
+                self.file.cache().wake(frame);
+            }
+        }
+    }
+}
