@@ -10,6 +10,7 @@ use tracing_subscriber::EnvFilter;
 
 mod bench;
 mod mount;
+mod torture;
 
 /// A file I/O stack in user space.
 #[derive(Debug, Parser)]
@@ -24,6 +25,7 @@ enum Command {
     Bench(bench::Arguments),
     /// Serve a directory at a mount point, for as long as a command runs or until it is unmounted
     Mount(mount::Arguments),
+    Torture(torture::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -37,6 +39,7 @@ fn main() -> ExitCode {
     let outcome = match cli.command {
         Command::Bench(arguments) => bench::run(&arguments),
         Command::Mount(arguments) => mount::run(&arguments),
+        Command::Torture(arguments) => Ok(torture::run(&arguments)),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("pinfold: {error:#}");
