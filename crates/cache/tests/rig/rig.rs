@@ -20,7 +20,8 @@ pub const WANT: Want<'static> = Want {
     nowait: false,
 };
 
-/// Runs `body` in a thread; fails when it hangs.
+/// Runs `body` in a thread; ends the whole run when it hangs: at a plain failure the process would write its volumes back
+/// before it ends, and hang as well.
 pub fn within<R: Send + 'static>(limit: Duration, body: impl FnOnce() -> R + Send + 'static) -> R {
     let (tell, told) = mpsc::channel();
     let thread = std::thread::spawn(move || {
@@ -29,7 +30,8 @@ pub fn within<R: Send + 'static>(limit: Duration, body: impl FnOnce() -> R + Sen
         result
     });
     if told.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
-        panic!("it hangs");
+        eprintln!("{:?} hangs", std::thread::current().name());
+        std::process::abort();
     }
     match thread.join() {
         Ok(result) => result,

@@ -11,7 +11,8 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// Long enough for a thread that is not held up to have gone on.
 pub const MOMENT: Duration = Duration::from_millis(100);
 
-/// Runs `body` in a thread; fails when it hangs.
+/// Runs `body` in a thread; ends the whole run when it hangs: at a plain failure the process would write its volumes back
+/// before it ends, and hang as well.
 pub fn within<R: Send + 'static>(limit: Duration, body: impl FnOnce() -> R + Send + 'static) -> R {
     let (tell, told) = mpsc::channel();
     let thread = std::thread::spawn(move || {
@@ -20,7 +21,8 @@ pub fn within<R: Send + 'static>(limit: Duration, body: impl FnOnce() -> R + Sen
         result
     });
     if told.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
-        panic!("it hangs");
+        eprintln!("{:?} hangs", std::thread::current().name());
+        std::process::abort();
     }
     match thread.join() {
         Ok(result) => result,

@@ -4,8 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use pinfold::testing::{Action, DeferredObject, FaultyObject, MemoryObject, On, Rule};
-use pinfold::{AlignedBuf, Direction, Errno, IoOptions, IovCursor, Object};
+use pinfold::testing::{
+    Action, CrashingObject, DeferredObject, FaultyObject, MemoryObject, On, Rule, Survival,
+};
+use pinfold::{AlignedBuf, Cancel, Direction, Errno, IoOptions, IovCursor, Object};
 use pinfold_mem::region::{Protection, Region};
 use pinfold_store::{Operation, SyncScope};
 
@@ -516,5 +518,130 @@ fn a_transfer_that_ends_short_in_silence_is_an_error() {
         store.add(Rule::new(On::Only(Operation::Write), Action::Short(PAGE as u64)).nth(1));
         assert_eq!(file.sync_all().unwrap_err().errno(), Errno::EIO);
         file.sync_all().unwrap();
+    });
+}
+
+/// T42: what a durable write was acknowledged for survives a crash, size included, and so does what was there before.
+#[test]
+fn t42_a_durable_write_survives_a_crash_whatever_else_is_lost() {
+    within(PATIENCE, || {
+        let store = CrashingObject::new(MemoryObject::new()).unwrap();
+        let rig = Rig::new(store.clone());
+        let file = rig.open(false);
+        let durable = IoOptions {
+            dsync: true,
+            ..IoOptions::default()
+        };
+        let bytes = [b'd'; 5000];
+        let progress = file.write_cursor(&mut IovCursor::from_slice(&bytes), 100, &durable);
+        assert_eq!(progress.posix().unwrap(), 5000);
+        // Not durable, and past it.
+        file.write_at(&[b'x'; 9000], 5100).unwrap();
+        file.write_back(0..u64::MAX).unwrap();
+        let images = (0..50).map(Survival::Some).chain([Survival::Synced]);
+        for survival in images {
+            let image = store.crash(survival).unwrap().bytes();
+            assert!(image.len() >= 5100, "{survival:?}: {} bytes", image.len());
+            all(&image[..100], 0, "the hole before");
+            all(&image[100..5100], b'd', "what was durable");
+            assert!(image[5100..].iter().all(|&b| b == 0 || b == b'x'));
+        }
+    });
+}
+
+/// T19, T60: while the store stands still a writer over the limit sleeps with nothing locked that a reader needs, can be
+/// cancelled, and others who must not wait are told so.
+#[test]
+fn t60_t19_a_throttled_writer_holds_up_no_reader_and_can_be_cancelled() {
+    within(PATIENCE, || {
+        let slow = DeferredObject::new(MemoryObject::new());
+        let rig = Rig::new(slow.clone());
+        let file = rig.open(false);
+        let cancel = Cancel::new();
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let how = IoOptions {
+                    cancel: Some(&cancel),
+                    ..IoOptions::default()
+                };
+                file.write_cursor(&mut IovCursor::from_slice(&vec![1; 100 * PAGE]), 0, &how)
+            });
+            assert!(slow.wait_queued(1, PATIENCE));
+            while rig.volume.statistics().cache.throttled == 0 {
+                std::thread::yield_now();
+            }
+            std::thread::sleep(MOMENT);
+            all(&read(&file, 0, PAGE), 1, "a page written before");
+            let nowait = IoOptions {
+                nowait: true,
+                ..IoOptions::default()
+            };
+            let told = file.write_cursor(&mut IovCursor::from_slice(b"x"), 0, &nowait);
+            assert_eq!(told.posix().unwrap_err().errno(), Errno::EAGAIN);
+            assert!(!writer.is_finished());
+            cancel.cancel();
+            let progress = writer.join().unwrap();
+            assert!(progress.done > 0 && progress.done < 100 * PAGE as u64);
+            assert_eq!(progress.stop.unwrap().errno(), Errno::EINTR);
+            assert_eq!(file.len(), progress.done);
+            slow.open();
+        });
+        file.sync_all().unwrap();
+    });
+}
+
+/// T60: several writers over the limit with a slow store all come to their end.
+#[test]
+fn t60_writers_over_the_limit_all_progress() {
+    within(PATIENCE, || {
+        let store = FaultyObject::new(MemoryObject::new());
+        store.add(Rule::new(
+            On::Only(Operation::Write),
+            Action::Delay(Duration::from_millis(2)),
+        ));
+        let rig = Rig::new(store);
+        let file = rig.open(false);
+        std::thread::scope(|scope| {
+            for thread in 0..4u64 {
+                let file = &file;
+                scope.spawn(move || {
+                    for i in 0..100 {
+                        let page = i * 4 + thread;
+                        file.write_at(&[thread as u8 + 1; PAGE], page * 4096)
+                            .unwrap();
+                    }
+                });
+            }
+        });
+        for page in 0..400u64 {
+            all(
+                &read(&file, page * 4096, PAGE),
+                (page % 4) as u8 + 1,
+                "a page",
+            );
+        }
+    });
+}
+
+/// G-1, T58: a sync ends although a writer dirties pages as fast as he can.
+#[test]
+fn g1_t58_a_sync_does_not_chase_a_writer() {
+    within(PATIENCE, || {
+        let rig = Rig::new(MemoryObject::new());
+        let file = rig.open(false);
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut page = 0;
+                while !stop.load(Ordering::Relaxed) {
+                    page = (page + 7) % 1000;
+                    file.write_at(&[1; PAGE], page * 4096).unwrap();
+                }
+            });
+            for _ in 0..50 {
+                file.sync_all().unwrap();
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
     });
 }
