@@ -118,7 +118,7 @@ impl File {
                             if len == 0 {
                                 break Some(bad_buffer("write", write.pos, cursor.count()));
                             }
-                            if let Err(error) = write.from_bounce(cursor, buf, len) {
+                            if let Err(error) = write.write_bounced(cursor, buf, len) {
                                 break Some(error);
                             }
                         }
@@ -343,7 +343,7 @@ impl Write<'_> {
     }
 
     /// Writes bytes that were taken into a bounce buffer: a copy from there cannot fault.
-    fn from_bounce(
+    fn write_bounced(
         &mut self,
         cursor: &mut IovCursor<'_>,
         mut buf: AlignedBuf,

@@ -47,7 +47,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use file::{Access, File};
 pub use io::{CALL_BYTES_MAX, Cancel, IoOptions};
 pub use metadata::{Caller, Kind, Metadata, NodeId, Owner, SetAttributes, SetTime, Statfs};
-pub use node::{Node, RenameFlags, SetXattr};
+pub use node::{Node, ObjectLayer, RenameFlags, SetXattr};
 pub use open_options::OpenOptions;
 pub use pinfold_base::{ByteOffset, Errno, PAGE_SIZE, PageIndex, Progress};
 pub use pinfold_cache::{CacheSnapshot, Lease, MEMORY_MIN};

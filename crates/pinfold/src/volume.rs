@@ -11,7 +11,6 @@ use parking_lot::Mutex;
 use pinfold_base::Errno;
 use pinfold_cache::{Cache, CacheConfig, CacheSnapshot, MEMORY_MIN};
 use pinfold_mem::{exit, faultin, uring};
-use pinfold_store::Object;
 use pinfold_store::dir::namespace::{Namespace, OpenError};
 
 use crate::directory::Directory;
@@ -137,10 +136,7 @@ impl VolumeBuilder {
 
     /// Wraps every file's object: for stores that fail, delay or forget on purpose.
     #[must_use]
-    pub fn object_layer(
-        mut self,
-        layer: Arc<dyn Fn(Arc<dyn Object>) -> Arc<dyn Object> + Send + Sync>,
-    ) -> Self {
+    pub fn object_layer(mut self, layer: ObjectLayer) -> Self {
         self.layer = Some(layer);
         self
     }

@@ -1,5 +1,7 @@
 //! Promises of one file through the public door.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use std::io::{Read, Seek, SeekFrom, Write};
 
 use pinfold::{AllocateMode, Errno, File, OpenOptions, Seek as Find, Volume};

@@ -5,6 +5,7 @@
 //! freed number), it is one that no store uses.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::RwLock;
 use pinfold::{Node, NodeId};
@@ -37,6 +38,8 @@ struct Entry {
     lookups: u64,
     /// The version of the contents that the kernel may have cached.
     cached: u64,
+    /// Whether the kernel may have pages of it at all.
+    paged: AtomicBool,
 }
 
 impl Inodes {
@@ -87,6 +90,7 @@ impl Inodes {
                 node: node.clone(),
                 lookups: 1,
                 cached: NO_VERSION,
+                paged: AtomicBool::new(false),
             },
         );
         number
@@ -111,6 +115,25 @@ impl Inodes {
         };
         // The last reference to a node may give up pages and descriptors: not under the lock.
         drop(gone);
+    }
+
+    /// Notes that the kernel fills pages of the file.
+    pub(crate) fn note_paged(&self, number: u64) {
+        let known = self.known.read();
+        if let Some(entry) = known.by_number.get(&number)
+            && !entry.paged.load(Ordering::Relaxed)
+        {
+            entry.paged.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Tells whether the kernel may have pages of the file.
+    pub(crate) fn is_paged(&self, number: u64) -> bool {
+        let known = self.known.read();
+        known
+            .by_number
+            .get(&number)
+            .is_some_and(|entry| entry.paged.load(Ordering::SeqCst))
     }
 
     /// Tells whether what the kernel has cached of the file is its contents' present version, and notes that.

@@ -9,7 +9,7 @@
 //!
 //! What the kernel caches and why is docs/decisions/0003-fuse-kernel-cache.md. In short: ordinary opens go through the
 //! kernel's page cache, written through, so that mappings and reads agree and an error comes from the write it belongs
-//! to; direct opens go through the kernel's direct path, which invalidates that cache before *and* after; the cache
+//! to; direct opens by-pass that cache, and what it holds of a written range is invalidated before *and* after; the cache
 //! survives an open unless the stored file was changed by somebody else.
 //!
 //! FUSE carries no request for `O_TMPFILE` that the protocol library knows: it is `EOPNOTSUPP` on the mount.
@@ -18,6 +18,7 @@
 
 mod attributes;
 mod inodes;
+mod invalidator;
 mod mount;
 mod opens;
 mod reply;

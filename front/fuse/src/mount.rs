@@ -17,6 +17,7 @@ use pinfold::Node;
 use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 
+use crate::invalidator::Invalidator;
 use crate::reply::Device;
 use crate::server::Server;
 
@@ -112,7 +113,8 @@ pub fn mount(
 ) -> Result<Mounted, MountError> {
     let privileged = rustix::process::geteuid().is_root();
     let device = Arc::new(Device::default());
-    let server = Server::new(root, Arc::clone(&device));
+    let invalidator = Arc::new(Invalidator::default());
+    let server = Server::new(root, Arc::clone(&device), Arc::clone(&invalidator));
     let allow_other = options.allow_other.unwrap_or(privileged);
     let mut config = Config::default();
     config.acl = if allow_other {
@@ -132,6 +134,10 @@ pub fn mount(
     };
     let reply_fd = session.as_fd().try_clone_to_owned();
     device.set(reply_fd.map_err(MountError::Handshake)?);
+    let started = invalidator.start(session.notifier());
+    started.map_err(MountError::NoThread)?;
+    // The server's is the only one left: its thread ends with it.
+    drop(invalidator);
     let serving = std::thread::Builder::new()
         .name("pinfold-fuse".into())
         .spawn(move || {
@@ -316,7 +322,8 @@ fn is_ours(at: &Path, mount: u64) -> bool {
 /// # Errors
 /// What umount(2) or `fusermount3` says; the mount table cannot be read.
 pub fn detach_stale(at: &Path) -> io::Result<bool> {
-    let Err(rustix::io::Errno::NOTCONN) = rustix::fs::stat(at) else {
+    // Not stat(2): the kernel answers that from its cache of attributes long after the server died.
+    let Err(rustix::io::Errno::NOTCONN) = rustix::fs::statfs(at) else {
         return Ok(false);
     };
     let ours = |found: &Mount| found.filesystem == FILESYSTEM && found.source == SOURCE;

@@ -21,6 +21,7 @@ use crate::attributes::{
     PERMISSIONS, VALID, absent, decode_device, errno, file_attr, file_type, kind_of, set_time,
 };
 use crate::inodes::{Inodes, ROOT};
+use crate::invalidator::{Invalidator, Written};
 use crate::opens::{Directories, Files, OpenFile};
 use crate::reply::Device;
 
@@ -36,9 +37,11 @@ const ALIGN: usize = 4096;
 /// The kernel's abilities that are used where it has them.
 ///
 /// Not among them: truncation as part of the open (`FUSE_ATOMIC_O_TRUNC`), which the kernel sends before it has looked
-/// whether the file is a running program; asynchronous direct I/O (`FUSE_ASYNC_DIO`), after which the kernel does not
-/// invalidate what was cached meanwhile; write-back caching, which would tell errors late.
-const WANTED: [InitFlags; 10] = [
+/// whether the file is a running program; write-back caching, which would tell errors late.
+const WANTED: [InitFlags; 12] = [
+    // Many direct transfers under way at once.
+    InitFlags::FUSE_ASYNC_DIO,
+    InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
     // The store applies the umask, or a default ACL instead of it.
     InitFlags::FUSE_DONT_MASK,
     InitFlags::FUSE_POSIX_ACL,
@@ -68,6 +71,7 @@ pub(crate) struct Server {
     files: Files,
     directories: Directories,
     device: Arc<Device>,
+    invalidator: Arc<Invalidator>,
 }
 
 fn refused(error: pinfold::Error) -> Errno {
@@ -96,12 +100,13 @@ fn with_aligned<T>(len: usize, work: impl FnOnce(&mut [u8]) -> T) -> T {
 }
 
 impl Server {
-    pub(crate) fn new(root: Node, device: Arc<Device>) -> Self {
+    pub(crate) fn new(root: Node, device: Arc<Device>, invalidator: Arc<Invalidator>) -> Self {
         Self {
             inodes: Inodes::new(root),
             files: Files::default(),
             directories: Directories::default(),
             device,
+            invalidator,
         }
     }
 
@@ -172,7 +177,7 @@ impl Server {
         let version = node.content_version();
         let cached = self.inodes.still_cached(number.0, version);
         let handle = self.files.insert(OpenFile::new(file));
-        Ok((handle, cache_flags(cached)))
+        Ok((handle, cache_flags(cached, flags)))
     }
 
     fn make(
@@ -188,7 +193,7 @@ impl Server {
         let (attr, generation) = self.enter(&node)?;
         let cached = self.inodes.still_cached(attr.ino.0, node.content_version());
         let handle = self.files.insert(OpenFile::new(file));
-        Ok((attr, generation, handle, cache_flags(cached)))
+        Ok((attr, generation, handle, cache_flags(cached, flags)))
     }
 
     fn read_direct(&self, open: &OpenFile, offset: u64, size: u32, reply: ReplyData) {
@@ -316,8 +321,12 @@ fn options(flags: i32) -> Answer<OpenOptions> {
     Ok(options.append(false).dsync(false).nofollow(false))
 }
 
-fn cache_flags(cached: bool) -> FopenFlags {
-    if cached {
+fn cache_flags(cached: bool, flags: i32) -> FopenFlags {
+    if flags & libc::O_DIRECT != 0 {
+        FopenFlags::FOPEN_DIRECT_IO
+            | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+            | FopenFlags::FOPEN_KEEP_CACHE
+    } else if cached {
         FopenFlags::FOPEN_KEEP_CACHE
     } else {
         FopenFlags::empty()
@@ -568,19 +577,22 @@ impl Filesystem for Server {
     fn read(
         &self,
         request: &Request,
-        _number: INodeNo,
+        number: INodeNo,
         handle: FileHandle,
         offset: u64,
         size: u32,
         flags: OpenFlags,
-        _lock_owner: Option<LockOwner>,
+        lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
         let open = match self.file(handle) {
             Ok(open) => open,
             Err(error) => return reply.error(error),
         };
-        if flags.0 & libc::O_DIRECT != 0 {
+        // Only reads that a program waits for carry an owner: the others fill the kernel's pages.
+        if lock_owner.is_none() {
+            self.inodes.note_paged(number.0);
+        } else if flags.0 & libc::O_DIRECT != 0 {
             return self.read_direct(&open, offset, size, reply);
         }
         match open
@@ -601,26 +613,45 @@ impl Filesystem for Server {
         data: &[u8],
         write_flags: WriteFlags,
         flags: OpenFlags,
-        _lock_owner: Option<LockOwner>,
+        lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
         let open = match self.file(handle) {
             Ok(open) => open,
             Err(error) => return reply.error(error),
         };
-        // Write-back of mapped pages borrows any handle; a direct one would refuse a tail.
+        // Write-back of mapped pages borrows any handle; a direct one would refuse a tail. What passes the kernel's
+        // pages carries the owner of a program that waits.
         let write_back = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
-        let direct = flags.0 & libc::O_DIRECT != 0 && !write_back;
+        let past_pages = lock_owner.is_some() && !write_back;
+        if !past_pages {
+            self.inodes.note_paged(number.0);
+        }
         if write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID)
             && let Ok(node) = self.node(number)
             && let Err(error) = node.clear_set_id_bits()
         {
             tracing::debug!(%error, uid = request.uid(), "cannot clear set-id bits");
         }
-        match self.write_data(&open, offset, data, direct, write_back) {
+        let direct = past_pages && flags.0 & libc::O_DIRECT != 0;
+        let outcome = self
+            .write_data(&open, offset, data, direct, write_back)
             // At most TRANSFER_MAX.
-            Ok(done) => reply.written(done as u32),
-            Err(error) => reply.error(refused(error)),
+            .map(|done| done as u32)
+            .map_err(refused);
+        if past_pages && self.inodes.is_paged(number.0) {
+            let len = data.len();
+            return self.invalidator.answer_after(Written {
+                number,
+                offset,
+                len,
+                outcome,
+                reply,
+            });
+        }
+        match outcome {
+            Ok(done) => reply.written(done),
+            Err(error) => reply.error(error),
         }
     }
 

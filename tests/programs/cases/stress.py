@@ -1,0 +1,130 @@
+"""Programs made to break filesystems: fsx, fio with verification, stress-ng."""
+
+import itertools
+import subprocess
+import time
+
+from . import MIB, Place, case, check, find, run
+
+# Weights of fsx's operations, and what each configuration adds to the ordinary reads, writes and truncates.
+_ORDINARY = {"read": 10, "write": 10, "truncate": 5, "mapread": 0, "mapwrite": 0, "fsync": 0.5, "fdatasync": 0.5, "close_open": 1}
+_EVERYTHING = {
+    **_ORDINARY, "mapread": 10, "mapwrite": 10, "invalidate": 1, "punch_hole": 3, "posix_fallocate": 1,
+    "posix_fadvise": 2, "copy_file_range": 3, "sendfile": 3,
+}  # fmt: skip
+# fsx 0.3.2 asks posix_fallocate for no bytes at all when it aligns, and takes the EINVAL for a finding.
+_ALIGNED = {key: value for key, value in _EVERYTHING.items() if key != "posix_fallocate"}
+FSX = {
+    "plain": ("", _ORDINARY),
+    "mapped": ("", {**_ORDINARY, "mapread": 10, "mapwrite": 10, "invalidate": 1}),
+    "holes": ("", {**_ORDINARY, "punch_hole": 5, "posix_fallocate": 3}),
+    "everything": ("", _EVERYTHING),
+    "everything, large": (f"flen = {8 * MIB}\n[opsize]\nmax = 1048576\n", _EVERYTHING),
+    "everything, tiny": ("flen = 20000\n[opsize]\nmax = 100\n", _EVERYTHING),
+    "aligned": ("flen = 1048576\n[opsize]\nmax = 65536\nalign = 4096\n", _ALIGNED),
+    "no msync": ("nomsyncafterwrite = true\n", _EVERYTHING),
+}
+FIO = [
+    (engine, direct, pattern)
+    for engine, direct in (("psync", 0), ("psync", 1), ("libaio", 0), ("libaio", 1), ("io_uring", 0), ("io_uring", 1), ("mmap", 0))
+    for pattern in ("randwrite", "randrw")
+]
+# Stressors that work on files in a directory and can check what they read.
+STRESSORS = (
+    "aio", "aiol", "chmod", "copy-file", "dentry", "dir", "dirdeep", "dup", "fallocate", "fcntl", "file-ioctl", "filename",
+    "flock", "fpunch", "fstat", "getdent", "hdd", "iomix", "lease", "link", "lockf", "locka", "lockofd", "mmapfork",
+    "msync", "open", "readahead", "rename", "revio", "seek", "sendfile", "splice", "symlink", "sync-file", "utime", "xattr",
+)  # fmt: skip
+
+
+def _share(place: Place, parts: int) -> float:
+    return max(1.0, place.seconds / parts)
+
+
+# fsx stops by the number of operations only; a run is ended by signal when its time is over.
+@case(data_mib=1, tools=("fsx",), timed=True, ignored=("file",))
+def fsx(place: Place) -> dict:
+    """fsx in each configuration for its share of the time: every read is compared with what fsx wrote before."""
+    for number, (name, (settings, weights)) in enumerate(FSX.items()):
+        top, _, sections = settings.partition("[")
+        config = place.dir.parent / f"fsx-{number}.toml"
+        table = "".join(f"{key} = {value}\n" for key, value in weights.items())
+        config.write_text(f"{top}{'[' + sections if sections else ''}[weights]\n{table}")
+        artifacts = place.dir.parent
+        command = [find("fsx"), "-q", "-S", str(place.seed * 100 + number), "-f", config, "-P", artifacts, place.dir / "file"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            said, _ = process.communicate(timeout=_share(place, len(FSX)))
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.communicate(timeout=60)
+            continue
+        finally:
+            config.unlink()
+        raise AssertionError(f"{name}: status {process.returncode}: {said.decode(errors='replace')[-2500:]}")
+    (place.dir / "file").unlink()
+    return {}
+
+
+@case(data_mib=32, tools=("fio",), timed=True)
+def fio(place: Place) -> dict:
+    """fio writes with every engine, buffered and direct, and verifies each block's checksum, again in a second run."""
+    for engine, direct, pattern in FIO:
+        name = f"{engine}-{direct}-{pattern}"
+        depth = 1 if engine in ("psync", "mmap") else 16
+        common = [
+            f"--name={name}", f"--filename={name}", f"--ioengine={engine}", f"--direct={direct}", f"--rw={pattern}",
+            "--size=32m", "--bs=4k-64k" if not direct else "--bsrange=4k-128k", f"--blockalign=4k", f"--iodepth={depth}",
+            "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", f"--randseed={place.seed}", "--fallocate=none",
+            "--serialize_overlap=1" if depth > 1 else "--end_fsync=1", "--group_reporting", "--minimal",
+        ]  # fmt: skip
+        until = time.monotonic() + _share(place, len(FIO))
+        for turn in itertools.count():
+            run("fio", *common, "--do_verify=1", f"--verify_pattern={turn + 1}" if turn % 2 else "--verify_backlog=64", cwd=place.dir)
+            if time.monotonic() > until:
+                break
+        (place.dir / name).unlink()
+    return {}
+
+
+@case(data_mib=16, tools=("fio",), timed=True)
+def fio_jobs(place: Place) -> dict:
+    """Jobs of different engines on one file at a time, each verifying its own part: direct beside buffered beside mapped."""
+    # The mapping first: fio maps from 0 on, whatever the offset.
+    parts = (("mmap", 0), ("psync", 0), ("psync", 1), ("io_uring", 1))
+    jobs = []
+    for number, (engine, direct) in enumerate(parts):
+        jobs += [
+            f"--name=part{number}", "--filename=shared", f"--ioengine={engine}", f"--direct={direct}", f"--offset={number * 4}m",
+            "--size=4m", "--rw=randwrite", "--bsrange=4k-64k", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1",
+        ]  # fmt: skip
+    (place.dir / "shared").write_bytes(bytes(16 * MIB))
+    until = time.monotonic() + place.seconds / 4
+    turn = 0
+    while turn == 0 or time.monotonic() < until:
+        turn += 1
+        run("fio", "--minimal", "--verify_state_save=0", "--fallocate=none", f"--randseed={place.seed + turn}", *jobs, cwd=place.dir)
+    (place.dir / "shared").unlink()
+    return {}
+
+
+@case(data_mib=16, tools=("stress-ng",), timed=True)
+def stress_ng(place: Place) -> dict:
+    """stress-ng's file stressors, with their own verification."""
+    each = max(1, round(_share(place, len(STRESSORS))))
+    failed = []
+    for stressor in STRESSORS:
+        done = subprocess.run(
+            ["stress-ng", "--temp-path", place.dir, f"--{stressor}", "2", "--timeout", f"{each}s", "--verify", "--hdd-bytes", "16m",
+             "--iomix-bytes", "16m", "--oomable"],
+            cwd=place.dir, capture_output=True, timeout=each + 120, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        said = (done.stdout + done.stderr).decode(errors="replace")
+        unavailable = 3, 4
+        if done.returncode not in (0, *unavailable):
+            complaints = [line for line in said.splitlines() if "fail" in line or "error" in line]
+            failed.append(f"{stressor}: status {done.returncode}: {' '.join(complaints)[:500]}")
+    check(not failed, "; ".join(failed))
+    left = [path.name for path in place.dir.iterdir()]
+    check(not left, f"left behind: {left[:5]}")
+    return {}
