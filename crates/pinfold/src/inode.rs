@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 use parking_lot::Mutex;
 use pinfold_base::rank::{Rank, ReadGuard, RwLock, WriteGuard};
-use pinfold_base::{Errno, page_span};
+use pinfold_base::{Errno, PAGE_SIZE, page_span};
 use pinfold_cache::{FilePages, Mode, Owner, Sample};
 use pinfold_mem::clock;
 use pinfold_store::{Object, StoreError, SyncScope};
@@ -212,20 +212,37 @@ impl Inode {
         let old = self.pages.end();
         let _blocked = self.pages.gate().block();
         if len < old {
-            // The size, the pages, then the store (section F, truncate).
-            self.pages.truncate(len);
-        } else if len > old {
+            self.cut_locked(old, len)?;
+        } else {
             self.pages.zero_past_end(old);
-        }
-        if let Err(error) = self.object().set_len(len) {
-            self.pages
-                .set_end(self.object().len().unwrap_or(old).max(len.min(old)));
-            return Err(Error::store("set the size of", error));
+            self.object()
+                .set_len(len)
+                .map_err(|error| Error::store("set the size of", error))?;
         }
         self.pages.set_end(len);
         self.touch_modified();
         // The store's file has just changed its own times.
         self.tell_times();
+        Ok(())
+    }
+
+    /// Makes the file shorter: the size, the store, the pages, with the gate blocked.
+    ///
+    /// The store before the pages: a direct read, which takes no lock, would find older bytes there once newer ones were
+    /// dropped. And a store that refuses has lost nothing.
+    fn cut_locked(&self, old: u64, len: u64) -> Result<()> {
+        let told = |error| Error::store("set the size of", error);
+        let newer = self.pages.next_dirty(len / PAGE_SIZE).is_some();
+        self.pages.set_end(len);
+        if let Err(error) = self.object().set_len(len) {
+            self.pages.set_end(old);
+            return Err(told(error));
+        }
+        self.pages.truncate(len);
+        if newer {
+            // A transfer that was under way may have made the stored file longer again; the pages waited for it.
+            self.object().set_len(len).map_err(told)?;
+        }
         Ok(())
     }
 
