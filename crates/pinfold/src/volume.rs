@@ -70,6 +70,7 @@ impl Statistics {
 #[derive(Clone)]
 pub struct VolumeBuilder {
     config: CacheConfig,
+    io_uring: bool,
     file_size_limit: bool,
     layer: Option<ObjectLayer>,
 }
@@ -94,6 +95,14 @@ impl VolumeBuilder {
     #[must_use]
     pub fn memory(mut self, bytes: u64) -> Self {
         self.config.memory = bytes;
+        self
+    }
+
+    /// Sets whether transfers go through io_uring where the kernel allows it; they do unless set. Threads do the same
+    /// work, for tools that cannot follow a ring, such as valgrind.
+    #[must_use]
+    pub fn io_uring(mut self, allowed: bool) -> Self {
+        self.io_uring = allowed;
         self
     }
 
@@ -167,10 +176,12 @@ impl VolumeBuilder {
             Error::new(OPERATION, kind).at_path(path).caused_by(error)
         })?;
         let cache = Cache::new(self.config).map_err(Error::arena)?;
-        let rings = uring::Engine::start(uring::EngineConfig::automatic(Some(Arc::clone(
-            cache.arena(),
-        ))))
-        .map_err(|errno| Error::invalid("start I/O for", errno).at_path(path))?;
+        let mut transfers = uring::EngineConfig::automatic(Some(Arc::clone(cache.arena())));
+        if !self.io_uring {
+            transfers.backend = Some(uring::Backend::Threads);
+        }
+        let rings = uring::Engine::start(transfers)
+            .map_err(|errno| Error::invalid("start I/O for", errno).at_path(path))?;
         let flusher = cache.start_flusher().map_err(|error| {
             Error::invalid("start write-back for", Errno::from(&error)).at_path(path)
         })?;
@@ -198,6 +209,7 @@ impl Volume {
     pub fn builder() -> VolumeBuilder {
         VolumeBuilder {
             config: CacheConfig::default(),
+            io_uring: true,
             file_size_limit: true,
             layer: None,
         }
