@@ -172,13 +172,16 @@ impl Ways {
                 "the directory itself",
                 found[0][0],
             ));
-            rows.push(Row::new(
-                about,
-                unit,
-                found[2][0],
-                "passthrough server",
-                found[1][0],
-            ));
+            let row = Row::new(about, unit, found[2][0], "passthrough server", found[1][0]);
+            let direct = matches!(
+                work,
+                Work::ReadPages { direct: true } | Work::WritePages { direct: true }
+            );
+            rows.push(if direct {
+                row.note("the passthrough server answers from the kernel's cache; the others go to the device")
+            } else {
+                row
+            });
         }
         Ok(rows)
     }
