@@ -20,8 +20,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Told when the engine has changed the stored file, so that times can be put right; implemented by the node.
 pub(crate) trait Backing: Send + Sync {
-    /// The stored bytes were written by the engine; the file's logical modification time is `modified`.
-    fn stored(&self, modified: SystemTime);
+    /// The stored bytes were written by the engine, which moved the stored times.
+    fn stored(&self);
 }
 
 /// One file's data.
@@ -173,8 +173,8 @@ impl Inode {
         self.times_pending.store(false, Ordering::Release);
         // Every pass, not the first after a write alone: each moves the stored times anew. The backing knows whether
         // anything of it is left to do.
-        if let (Some(backing), Some(modified)) = (self.backing.upgrade(), self.modified()) {
-            backing.stored(modified);
+        if let Some(backing) = self.backing.upgrade() {
+            backing.stored();
         }
     }
 

@@ -14,7 +14,6 @@ use std::hash::{Hash, Hasher};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::SystemTime;
 
 use parking_lot::Mutex;
 use pinfold_base::Errno;
@@ -758,11 +757,15 @@ impl Vnode {
 }
 
 impl Backing for Vnode {
-    fn stored(&self, modified: SystemTime) {
+    fn stored(&self) {
         let Some(data) = self.data.get() else {
             return;
         };
         let mut stamps = self.stamps.lock();
+        // Asked under the lock: a time that somebody set while this pass ended must not be moved back.
+        let Some(modified) = data.inode.modified() else {
+            return;
+        };
         let quiet = data.watch.quiet();
         let in_place = stamps
             .seen

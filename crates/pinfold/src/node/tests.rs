@@ -128,6 +128,30 @@ fn a_time_that_was_set_survives_write_back_and_the_last_close() {
 }
 
 #[test]
+fn a_time_that_was_set_survives_a_pass_that_ends_at_the_same_moment() {
+    let dir = tempfile::tempdir().unwrap();
+    let volume = volume(dir.path());
+    let (node, file) = create(&volume, "a");
+    let old = UNIX_EPOCH + Duration::from_secs(1_000_000_000);
+    let set = SetAttributes {
+        modified: SetTime::At(old),
+        ..SetAttributes::default()
+    };
+    for round in 0..500 {
+        file.write_at(&[1; 100], 0).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| node.0.data.get().unwrap().inode.flush().unwrap());
+            }
+            node.set_attributes(&set).unwrap();
+        });
+        assert_eq!(node.attributes().unwrap().modified, old, "round {round}");
+        let stored = std::fs::metadata(dir.path().join("a")).unwrap();
+        assert_eq!(stored.modified().unwrap(), old, "round {round}, stored");
+    }
+}
+
+#[test]
 fn somebody_elses_change_is_noticed_at_the_next_open() {
     let dir = tempfile::tempdir().unwrap();
     let volume = volume(dir.path());
