@@ -262,6 +262,14 @@ fn install_one(signal: libc::c_int, previous: &AtomicPtr<libc::sigaction>) {
     new.sa_sigaction = ours;
     // NODEFER: a chained handler may itself copy and fault. ONSTACK: stack overflows must still be reported.
     new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+    // Other signals wait: their frames would nest on the alternate stack, which with wide vector registers holds
+    // two or three. Faults do not wait: one that comes while its signal is blocked kills the process.
+    // SAFETY: `sa_mask` is a live signal set.
+    unsafe { libc::sigfillset(&raw mut new.sa_mask) };
+    for fault in SIGNALS {
+        // SAFETY: as above; the signal number is one there is.
+        unsafe { libc::sigdelset(&raw mut new.sa_mask, fault) };
+    }
     // SAFETY: `new` is complete, its handler is async-signal-safe (`on_fault`).
     unsafe { libc::sigaction(signal, &raw const new, std::ptr::null_mut()) };
 }

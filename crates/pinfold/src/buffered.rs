@@ -262,6 +262,10 @@ impl Write<'_> {
             engine.file_size_limit,
         )?;
         self.held_back = cursor.truncate(allowed) - allowed;
+        let to = self.pos + cursor.count() as u64;
+        let taken = inode.size_allowed(self.pos, to)? - self.pos;
+        self.held_back += cursor.count() - usize::try_from(taken).unwrap_or(usize::MAX);
+        cursor.truncate(usize::try_from(taken).unwrap_or(usize::MAX));
         self.placed = true;
         if engine.reserve(cursor.count() as u64, inode.object().as_ref()) == Reserve::Exactly {
             self.reserve_exactly(cursor)?;

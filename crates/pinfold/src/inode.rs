@@ -18,6 +18,12 @@ use pinfold_store::{Object, StoreError, SyncScope};
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
 
+/// Every filesystem takes files of this size, or says so by itself soon enough: 2 TiB less a block is ext3's limit, and
+/// a write that jumps further is rare.
+const SIZE_UNASKED_MAX: u64 = 1 << 40;
+/// How far a file may grow before the store is asked again.
+const SIZE_ASK_STEP: u64 = 1 << 30;
+
 /// Told when the engine has changed the stored file, so that times can be put right; implemented by the node.
 pub(crate) trait Backing: Send + Sync {
     /// The stored bytes were written by the engine, which moved the stored times.
@@ -34,6 +40,8 @@ pub struct Inode {
     /// Whether `modified_ns` has not been told to the backing yet.
     times_pending: AtomicBool,
     openers: AtomicUsize,
+    /// The largest size the store is known to take.
+    size_asked: AtomicU64,
     backing: Weak<dyn Backing>,
 }
 
@@ -60,6 +68,7 @@ impl Inode {
             modified_ns: AtomicU64::new(0),
             times_pending: AtomicBool::new(false),
             openers: AtomicUsize::new(0),
+            size_asked: AtomicU64::new(SIZE_UNASKED_MAX),
             backing,
         });
         let owner: Weak<Self> = Arc::downgrade(&inode);
@@ -206,6 +215,58 @@ impl Inode {
         }
         let _exclusive = self.lock_exclusive();
         self.set_len_locked(len)
+    }
+
+    /// Returns how long a write from `from` to `to` may make the file, so that EFBIG comes from the write and not from
+    /// write-back: `to`, or the store's limit if that lies between. The inode's lock is held exclusive.
+    ///
+    /// # Errors
+    /// The store's refusal of even one byte.
+    pub(crate) fn size_allowed(&self, from: u64, to: u64) -> Result<u64> {
+        let known = self
+            .size_asked
+            .load(Ordering::Relaxed)
+            .max(self.pages.end());
+        let step = if known > SIZE_UNASKED_MAX {
+            SIZE_ASK_STEP
+        } else {
+            0
+        };
+        if to <= known.saturating_add(step) {
+            return Ok(to);
+        }
+        let told = |error| Error::store("write", error);
+        let object = self.object();
+        // Only trying tells. Nothing is cached beyond what is stored while it is tried.
+        let _blocked = self.pages.gate().block();
+        self.flush_range(0..u64::MAX).map_err(told)?;
+        let stored = object.len().map_err(told)?;
+        let mut good = from;
+        let mut refused = match object.set_len(to) {
+            Ok(()) => {
+                good = to;
+                None
+            }
+            Err(error) => Some((to, error)),
+        };
+        while let Some((bad, error)) = refused {
+            if error.errno != Errno::EFBIG || bad - good <= 1 {
+                break;
+            }
+            let middle = good + (bad - good) / 2;
+            match object.set_len(middle) {
+                Ok(()) => good = middle,
+                Err(error) => refused = Some((middle, error)),
+            }
+        }
+        object.set_len(stored).map_err(told)?;
+        match refused {
+            Some((_, error)) if good == from => Err(told(error)),
+            _ => {
+                self.size_asked.store(good, Ordering::Relaxed);
+                Ok(good)
+            }
+        }
     }
 
     pub(crate) fn set_len_locked(&self, len: u64) -> Result<()> {
