@@ -18,24 +18,26 @@ use std::sync::{Arc, OnceLock, Weak};
 use parking_lot::Mutex;
 use pinfold_base::Errno;
 use pinfold_store::Object;
-use pinfold_store::dir::namespace::{Change, Handle, Stat, TimeChange, Timestamp};
+use pinfold_store::dir::namespace::{Change, Handle, Stat};
 use pinfold_store::dir::object::DirObject;
 
 pub use pinfold_store::dir::namespace::{RenameFlags, SetXattr};
 
 use crate::directory::Directory;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::file::File;
 use crate::inode::{Backing, Inode};
 use crate::metadata::{Kind, Metadata, NodeId, Owner, SetAttributes, SetTime, Statfs};
 use crate::open_options::OpenOptions;
 
+mod stamps;
 mod tree;
 mod watch;
 
+use stamps::Stamps;
 pub use tree::ObjectLayer;
 pub(crate) use tree::Tree;
-use watch::{Quiet, Watch, Watched};
+use watch::{Watch, Watched};
 
 const S_ISUID: u32 = libc::S_ISUID;
 const S_ISGID: u32 = libc::S_ISGID;
@@ -71,32 +73,6 @@ struct Data {
 struct Life {
     /// The last name is gone: the data goes with the last opener.
     orphan: bool,
-}
-
-/// Times, and what the stored file said when nothing of ours was under way.
-#[derive(Debug, Default)]
-struct Stamps {
-    /// What somebody else's change would alter.
-    seen: Option<Seen>,
-    /// The time of change to report while the stored one is `seen`'s: write-back moves that, but is no change.
-    changed: Timestamp,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Seen {
-    size: u64,
-    modified: Timestamp,
-    changed: Timestamp,
-}
-
-impl Seen {
-    fn of(stat: &Stat) -> Self {
-        Self {
-            size: stat.size,
-            modified: stat.modified,
-            changed: stat.changed,
-        }
-    }
 }
 
 impl fmt::Debug for Node {
@@ -225,7 +201,7 @@ impl Node {
     /// # Errors
     /// As [`Node::lookup`].
     pub fn lookup_attributes(&self, name: &OsStr) -> Result<(Self, Metadata)> {
-        let found = self.0.handle.lookup(name);
+        let found = self.0.with(|handle| handle.lookup(name));
         let (handle, stat) = found.map_err(failed_at("look up", name))?;
         Ok(self.adopt(handle, stat))
     }
@@ -253,7 +229,7 @@ impl Node {
     ) -> Result<(Self, File)> {
         const OPERATION: &str = "create";
         let mode = options.create_mode();
-        match self.0.handle.create(name, mode, owner.caller()) {
+        match self.0.with(|dir| dir.create(name, mode, owner.caller())) {
             Ok((handle, stat, fd)) => {
                 let node = self.0.tree.node(handle, &stat);
                 let file = node.open_made(options, fd)?;
@@ -275,8 +251,7 @@ impl Node {
     pub fn temporary(&self, options: &OpenOptions, owner: Owner) -> Result<(Self, File)> {
         let made = self
             .0
-            .handle
-            .create_unnamed(options.create_mode(), owner.caller());
+            .with(|dir| dir.create_unnamed(options.create_mode(), owner.caller()));
         let (handle, stat, fd) = made.map_err(failed("create a temporary file"))?;
         let node = self.0.tree.node(handle, &stat);
         node.0.life.lock().orphan = true;
@@ -289,7 +264,7 @@ impl Node {
     /// # Errors
     /// What mkdir(2) says.
     pub fn make_dir(&self, name: &OsStr, mode: u32, owner: Owner) -> Result<Self> {
-        let made = self.0.handle.make_dir(name, mode, owner.caller());
+        let made = self.0.with(|dir| dir.make_dir(name, mode, owner.caller()));
         let (handle, stat) = made.map_err(failed_at("create directory", name))?;
         Ok(self.0.tree.node(handle, &stat))
     }
@@ -308,8 +283,7 @@ impl Node {
     ) -> Result<Self> {
         let made = self
             .0
-            .handle
-            .make_node(name, kind, mode, rdev, owner.caller());
+            .with(|dir| dir.make_node(name, kind, mode, rdev, owner.caller()));
         let (handle, stat) = made.map_err(failed_at("create", name))?;
         Ok(self.0.tree.node(handle, &stat))
     }
@@ -319,7 +293,7 @@ impl Node {
     /// # Errors
     /// What symlink(2) says.
     pub fn symlink(&self, name: &OsStr, target: &OsStr, owner: Owner) -> Result<Self> {
-        let made = self.0.handle.symlink(name, target, owner.caller());
+        let made = self.0.with(|dir| dir.symlink(name, target, owner.caller()));
         let (handle, stat) = made.map_err(failed_at("create symbolic link", name))?;
         Ok(self.0.tree.node(handle, &stat))
     }
@@ -330,7 +304,7 @@ impl Node {
     /// What link(2) says.
     pub fn link(&self, target: &Self, name: &OsStr) -> Result<()> {
         let mut life = target.0.life.lock();
-        let linked = target.0.handle.link(&self.0.handle, name);
+        let linked = target.0.with(|handle| handle.link(&self.0.handle, name));
         let stat = linked.map_err(failed_at("link", name))?;
         life.orphan = false;
         target.0.handle.unpin();
@@ -345,9 +319,12 @@ impl Node {
     pub fn unlink(&self, name: &OsStr) -> Result<()> {
         let loser = self.held(name);
         if let Some(loser) = &loser {
-            loser.0.handle.pin().map_err(failed_at("remove", name))?;
+            loser
+                .0
+                .with(Handle::pin)
+                .map_err(failed_at("remove", name))?;
         }
-        let outcome = self.0.handle.unlink(name);
+        let outcome = self.0.with(|dir| dir.unlink(name));
         if let Some(loser) = loser {
             loser.lost_a_name();
         }
@@ -360,7 +337,7 @@ impl Node {
     /// What rmdir(2) says.
     pub fn remove_dir(&self, name: &OsStr) -> Result<()> {
         let loser = self.held(name);
-        let outcome = self.0.handle.remove_dir(name);
+        let outcome = self.0.with(|dir| dir.remove_dir(name));
         if let (Some(loser), Ok(())) = (loser, &outcome) {
             self.0.tree.forget(&loser);
         }
@@ -381,10 +358,13 @@ impl Node {
         let moved = self.held(name);
         let replaced = new_dir.held(new_name);
         if let Some(replaced) = &replaced {
-            replaced.0.handle.pin().map_err(failed_at("rename", name))?;
+            replaced
+                .0
+                .with(Handle::pin)
+                .map_err(failed_at("rename", name))?;
         }
-        let (from, to) = (&self.0.handle, &new_dir.0.handle);
-        let outcome = from.rename(name, to, new_name, flags);
+        let to = &new_dir.0.handle;
+        let outcome = self.0.with(|from| from.rename(name, to, new_name, flags));
         // The rename moves the inode's time of change: that is nobody else's doing.
         if let Some(moved) = moved
             && let Ok(stat) = moved.0.handle.stat()
@@ -437,8 +417,7 @@ impl Node {
     /// `EINVAL` for anything else.
     pub fn read_link(&self) -> Result<OsString> {
         self.0
-            .handle
-            .read_link()
+            .with(Handle::read_link)
             .map_err(failed("read symbolic link"))
     }
 
@@ -462,7 +441,9 @@ impl Node {
         let access = options.access();
         let file = {
             let _life = self.0.life.lock();
-            let granted = data.object.grant(access.read, access.write);
+            let granted = self
+                .0
+                .with(|_| data.object.grant(access.read, access.write));
             granted.map_err(failed(OPERATION))?;
             File::new(self.clone(), Arc::clone(&data.inode), access)
         };
@@ -488,7 +469,7 @@ impl Node {
     /// # Errors
     /// `ENOTDIR`; what open(2) says.
     pub fn open_dir(&self) -> Result<Directory> {
-        let entries = self.0.handle.entries();
+        let entries = self.0.with(Handle::entries);
         let entries = entries.map_err(failed("open directory"))?;
         Ok(Directory::new(self.clone(), entries))
     }
@@ -498,7 +479,9 @@ impl Node {
     /// # Errors
     /// What fsync(2) says.
     pub fn sync_dir(&self) -> Result<()> {
-        self.0.handle.sync_dir().map_err(failed("sync directory"))
+        self.0
+            .with(Handle::sync_dir)
+            .map_err(failed("sync directory"))
     }
 
     /// Returns space and limits of the filesystem the inode lies on.
@@ -506,7 +489,9 @@ impl Node {
     /// # Errors
     /// What statfs(2) says.
     pub fn statfs(&self) -> Result<Statfs> {
-        self.0.handle.space().map_err(failed("read free space of"))
+        self.0
+            .with(Handle::space)
+            .map_err(failed("read free space of"))
     }
 
     /// Returns the value of an extended attribute.
@@ -514,7 +499,7 @@ impl Node {
     /// # Errors
     /// `ENODATA`, `EOPNOTSUPP`.
     pub fn xattr(&self, name: &OsStr) -> Result<Vec<u8>> {
-        let value = self.0.handle.xattr(name);
+        let value = self.0.with(|handle| handle.xattr(name));
         value.map_err(failed_at("read extended attribute", name))
     }
 
@@ -523,7 +508,7 @@ impl Node {
     /// # Errors
     /// The store's errors.
     pub fn xattr_names(&self) -> Result<Vec<u8>> {
-        let names = self.0.handle.xattr_names();
+        let names = self.0.with(Handle::xattr_names);
         names.map_err(failed("list extended attributes of"))
     }
 
@@ -596,7 +581,7 @@ impl Node {
         if let Some(data) = vnode.data.get() {
             return Ok(data);
         }
-        let stat = vnode.handle.stat().map_err(failed("open"))?;
+        let stat = vnode.with(Handle::stat).map_err(failed("open"))?;
         let tree = &vnode.tree;
         let object = Arc::new(DirObject::new(
             vnode.handle.reopener(),
@@ -635,6 +620,20 @@ impl Vnode {
         }
     }
 
+    /// Does something with the handle; once more if descriptors had run out, after giving up those nobody needs.
+    fn with<T>(
+        &self,
+        work: impl Fn(&Arc<Handle>) -> std::result::Result<T, Errno>,
+    ) -> std::result::Result<T, Errno> {
+        match work(&self.handle) {
+            Err(Errno::EMFILE | Errno::ENFILE) => {
+                self.tree.relieve();
+                work(&self.handle)
+            }
+            outcome => outcome,
+        }
+    }
+
     fn mark_used(&self) {
         self.used.store(true, Ordering::Relaxed);
     }
@@ -645,146 +644,15 @@ impl Vnode {
 
     /// Closes the file's descriptors if nobody has it open and nothing waits to be stored.
     fn close_idle(&self) {
-        let _life = self.life.lock();
+        // Somebody who holds it may be the one who asks for descriptors.
+        let Some(_life) = self.life.try_lock() else {
+            return;
+        };
         if let Some(data) = self.data.get()
             && !data.inode.is_open()
             && !data.inode.is_dirty()
         {
             data.object.close_idle();
-        }
-    }
-
-    /// Records what the store says after a change of ours that is no change of the contents.
-    fn record(&self, stat: &Stat) {
-        self.record_in(&mut self.stamps.lock(), Some(stat));
-    }
-
-    fn record_in(&self, stamps: &mut Stamps, stat: Option<&Stat>) {
-        if let Some(stat) = stat {
-            stamps.seen = Some(Seen::of(stat));
-            stamps.changed = stat.changed;
-        }
-    }
-
-    fn change(
-        self: &Arc<Self>,
-        change: &Change,
-        sets_modified: bool,
-    ) -> std::result::Result<Metadata, Errno> {
-        let mut stamps = self.stamps.lock();
-        let stat = self.handle.change(change)?;
-        if let Some(data) = self.data.get()
-            && sets_modified
-        {
-            data.inode.forget_modified();
-        }
-        self.record_in(&mut stamps, Some(&stat));
-        Ok(self.merge(&stamps, &stat, None))
-    }
-
-    fn attributes(self: &Arc<Self>) -> std::result::Result<Metadata, Errno> {
-        let mut quiet = self.data.get().and_then(|data| data.watch.quiet());
-        let mut stat = self.handle.stat()?;
-        // Of a file that nobody has open the store knows best; of others the size is what their users made it.
-        if let (Some(data), Some(moment)) = (self.data.get(), quiet)
-            && !data.inode.is_open()
-            && data.watch.is_settled(moment)
-            && self
-                .stamps
-                .lock()
-                .seen
-                .is_some_and(|seen| seen != Seen::of(&stat))
-        {
-            // Refused where newer data is cached: then that is what the file is, until somebody opens it.
-            let _ = self.notice_strangers(data);
-            quiet = data.watch.quiet();
-            stat = self.handle.stat()?;
-        }
-        Ok(self.merge(&self.stamps.lock(), &stat, quiet))
-    }
-
-    /// Puts the live size and times over what the store said; `quiet` was asked before the store.
-    fn merge(&self, stamps: &Stamps, stat: &Stat, quiet: Option<Quiet>) -> Metadata {
-        let mut metadata = Metadata::from(stat);
-        let Some(data) = self.data.get() else {
-            return metadata;
-        };
-        metadata.len = data.inode.len();
-        if data.inode.is_dirty() && metadata.len > 0 {
-            // Some programs take a file without blocks for one that is all hole, and do not read it.
-            metadata.blocks = metadata.blocks.max(8);
-        }
-        let settled = quiet.is_some_and(|quiet| data.watch.is_settled(quiet));
-        let as_recorded = stamps.seen.is_some_and(|seen| seen.changed == stat.changed);
-        if as_recorded || !settled {
-            metadata.changed = stamps.changed.into();
-        }
-        if let Some(modified) = data.inode.modified() {
-            metadata.modified = modified;
-            metadata.changed = metadata.changed.max(modified);
-        }
-        metadata
-    }
-
-    /// Drops clean pages of a file that somebody else changed; refuses one that has newer data cached.
-    fn notice_strangers(self: &Arc<Self>, data: &Data) -> Result<()> {
-        let Some(quiet) = data.watch.quiet() else {
-            return Ok(());
-        };
-        let stat = self.handle.stat().map_err(failed("open"))?;
-        let mut stamps = self.stamps.lock();
-        let now = Seen::of(&stat);
-        let Some(seen) = stamps.seen.filter(|seen| *seen != now) else {
-            return Ok(());
-        };
-        if !data.watch.is_settled(quiet) {
-            return Ok(());
-        }
-        // Outside the lock: dropping pages may wait for transfers, whose end puts times right under it.
-        let reloaded =
-            parking_lot::MutexGuard::unlocked(&mut stamps, || data.inode.reload(stat.size));
-        let contents_same = seen.size == now.size && seen.modified == now.modified;
-        if !reloaded && !contents_same {
-            return Err(Error::new("open", ErrorKind::Stale));
-        }
-        if reloaded {
-            self.strangers.fetch_add(1, Ordering::AcqRel);
-        }
-        // Where only the time of change differs, an attribute was changed: that harms no cached data.
-        self.record_in(&mut stamps, Some(&stat));
-        Ok(())
-    }
-}
-
-impl Backing for Vnode {
-    fn stored(&self) {
-        let Some(data) = self.data.get() else {
-            return;
-        };
-        let mut stamps = self.stamps.lock();
-        // Asked under the lock: a time that somebody set while this pass ended must not be moved back.
-        let Some(modified) = data.inode.modified() else {
-            return;
-        };
-        let quiet = data.watch.quiet();
-        let in_place = stamps
-            .seen
-            .is_some_and(|seen| seen.modified == modified.into());
-        if in_place && quiet.is_some_and(|quiet| data.watch.is_settled(quiet)) {
-            return;
-        }
-        let change = Change {
-            modified: TimeChange::At(modified.into()),
-            ..Change::default()
-        };
-        // A store that does not let us set times (a file of somebody else's that we may write) has its own.
-        let Ok(stat) = self.handle.change(&change).or_else(|_| self.handle.stat()) else {
-            return;
-        };
-        stamps.changed = stamps.changed.max(modified.into());
-        if let Some(quiet) = quiet.filter(|&quiet| data.watch.quiet() == Some(quiet)) {
-            stamps.seen = Some(Seen::of(&stat));
-            data.watch.settle(quiet);
         }
     }
 }

@@ -306,6 +306,24 @@ fn a_second_server_for_the_same_files_is_refused() {
 }
 
 #[test]
+fn thousands_of_files_need_few_descriptors() {
+    // Inodes can be opened by handle with CAP_DAC_READ_SEARCH alone.
+    if !fuse() || !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let place = place();
+    let work = "cd mnt && seq 3000 | xargs touch && ls -l | wc -l && cat * | wc -c && rm -- * && ls | wc -l";
+    let limited = "ulimit -n 200; exec \"$0\" mount data mnt -- sh -c \"$1\"";
+    let output = Command::new("sh")
+        .args(["-c", limited, env!("CARGO_BIN_EXE_pinfold"), work])
+        .current_dir(place.base.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", complaint(&output));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "3001\n0\n0\n");
+}
+
+#[test]
 fn bad_arguments_are_named() {
     let place = place();
     let file = place.base.path().join("file");

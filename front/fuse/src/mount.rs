@@ -50,15 +50,14 @@ pub struct MountOptions {
 pub enum MountError {
     /// `/dev/fuse` cannot be opened.
     #[error("/dev/fuse: {0}; is the fuse module loaded, and may this process use it?")]
-    NoDevice(#[source] io::Error),
+    NoDevice(io::Error),
     /// mount(2) or `fusermount3` refused.
-    #[error("cannot mount at {}: {source}", at.display())]
+    #[error("cannot mount at {}: {error}", at.display())]
     Refused {
         /// The mount point.
         at: PathBuf,
         /// What was said.
-        #[source]
-        source: io::Error,
+        error: io::Error,
     },
     /// The helper program for unprivileged mounts is not installed.
     #[error(
@@ -67,10 +66,10 @@ pub enum MountError {
     NoHelper,
     /// The kernel and the library could not agree on the protocol.
     #[error("the kernel's FUSE does not accept the session: {0}")]
-    Handshake(#[source] io::Error),
+    Handshake(io::Error),
     /// No thread to serve requests could be started.
     #[error("cannot start a thread: {0}")]
-    NoThread(#[source] io::Error),
+    NoThread(io::Error),
 }
 
 /// A mounted volume. Dropping it detaches the mount and does not wait.
@@ -167,7 +166,7 @@ fn mount_ourselves(
 ) -> Result<(Session<Server>, By), MountError> {
     let refused = |errno: rustix::io::Errno| MountError::Refused {
         at: at.to_owned(),
-        source: errno.into(),
+        error: errno.into(),
     };
     let device: File = OpenOptions::new()
         .read(true)
@@ -214,25 +213,38 @@ fn mount_by_helper(
     at: &Path,
     mut config: Config,
 ) -> Result<(Session<Server>, By), MountError> {
-    if let Err(error) = File::open("/dev/fuse")
-        && error.kind() == io::ErrorKind::NotFound
-    {
-        return Err(MountError::NoDevice(error));
+    // The library opens it too, before it asks the helper.
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse")
+        .map_err(MountError::NoDevice)?;
+    if !helper_installed() {
+        return Err(MountError::NoHelper);
     }
     config.mount_options = vec![
         MountOption::FSName(SOURCE.into()),
         MountOption::Subtype("pinfold".into()),
         MountOption::DefaultPermissions,
     ];
-    let mut session = Session::new(server, at, &config).map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound if at.exists() => MountError::NoHelper,
-        _ => MountError::Refused {
-            at: at.to_owned(),
-            source,
-        },
+    let mut session = Session::new(server, at, &config).map_err(|error| MountError::Refused {
+        at: at.to_owned(),
+        error,
     })?;
     let unmounter = session.unmount_callable();
     Ok((session, By::Helper(unmounter)))
+}
+
+/// Looks for the helper where the library does. What running a missing program says depends on which directories of the
+/// path can be searched.
+fn helper_installed() -> bool {
+    let in_path = |name: &str| {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&path)
+            .chain([PathBuf::from("/bin"), PathBuf::from("/sbin")])
+            .any(|dir| dir.join(name).is_file())
+    };
+    std::env::var_os("FUSERMOUNT_PATH").is_some() || in_path("fusermount3") || in_path("fusermount")
 }
 
 impl Mounted {

@@ -20,8 +20,10 @@ use crate::engine::Engine;
 const KEPT_MAX: usize = 32_768;
 /// Kept nodes looked at for each one that comes new: dirty and open ones stay, so more than one may be needed.
 const LOOKED_AT_MAX: usize = 4;
-/// Closed files that keep their descriptors for the next opener.
+/// Closed files that keep their descriptors for the next opener, where the process may have enough of them.
 const IDLE_MAX: usize = 256;
+/// Descriptors a file holds at most: two for each right.
+const FILE_DESCRIPTORS: usize = 4;
 
 /// Wraps every file's object: for test stores.
 pub type ObjectLayer = Arc<dyn Fn(Arc<dyn Object>) -> Arc<dyn Object> + Send + Sync>;
@@ -38,6 +40,7 @@ pub(crate) struct Tree {
     kept_max: AtomicUsize,
     /// Files whose last opener has gone and whose descriptors are still there.
     idle: Mutex<VecDeque<Weak<Vnode>>>,
+    idle_max: usize,
 }
 
 impl fmt::Debug for Tree {
@@ -56,6 +59,8 @@ impl Tree {
         rings: Arc<uring::Engine>,
         layer: Option<ObjectLayer>,
     ) -> Arc<Self> {
+        let kept_max = namespace.kept_max().unwrap_or(KEPT_MAX).min(KEPT_MAX);
+        let idle_max = (namespace.descriptors_max() / FILE_DESCRIPTORS).clamp(1, IDLE_MAX);
         Arc::new(Self {
             namespace,
             engine,
@@ -63,8 +68,9 @@ impl Tree {
             layer,
             table: Mutex::new(HashMap::new()),
             kept: Mutex::new(VecDeque::new()),
-            kept_max: AtomicUsize::new(KEPT_MAX),
+            kept_max: AtomicUsize::new(kept_max),
             idle: Mutex::new(VecDeque::new()),
+            idle_max,
         })
     }
 
@@ -152,7 +158,7 @@ impl Tree {
         let oldest = {
             let mut idle = self.idle.lock();
             idle.push_back(Arc::downgrade(&node.0));
-            if idle.len() <= IDLE_MAX {
+            if idle.len() <= self.idle_max {
                 return;
             }
             idle.pop_front()
@@ -160,6 +166,22 @@ impl Tree {
         if let Some(oldest) = oldest.and_then(|oldest| oldest.upgrade()) {
             oldest.close_idle();
         }
+    }
+
+    /// Gives up every descriptor that nobody needs now: when the process has run out of them.
+    pub(super) fn relieve(&self) {
+        let unused: VecDeque<Node> = {
+            let mut kept = self.kept.lock();
+            let (needed, unused) = kept.drain(..).partition(Node::is_needed);
+            *kept = needed;
+            unused
+        };
+        drop(unused);
+        let idle = std::mem::take(&mut *self.idle.lock());
+        for vnode in idle.iter().filter_map(Weak::upgrade) {
+            vnode.close_idle();
+        }
+        self.namespace.close_all();
     }
 
     /// Lets go of all kept nodes: for a volume that closes, after everything is written back.

@@ -172,6 +172,27 @@ impl Namespace {
         &self.path
     }
 
+    /// Returns how many inodes should be kept that nobody uses: no more than leave descriptors for others, where each keeps
+    /// one. `None` where they need none.
+    #[must_use]
+    pub fn kept_max(&self) -> Option<usize> {
+        let space = self.root.space_shared();
+        let by_handle = space.by_handle.load(Ordering::Relaxed);
+        (!by_handle).then_some(space.descriptors_max)
+    }
+
+    /// Closes every descriptor that can be opened again: when they have run out.
+    pub fn close_all(&self) {
+        self.root.space_shared().close_all();
+    }
+
+    /// Returns how many descriptors each user of them should be content with: a quarter of what this process may have,
+    /// within reason.
+    #[must_use]
+    pub fn descriptors_max(&self) -> usize {
+        self.root.space_shared().descriptors_max
+    }
+
     /// Returns what keeps others from serving the directory.
     #[must_use]
     pub fn claim(&self) -> &Claim {
@@ -194,13 +215,13 @@ struct Space {
 impl Space {
     fn new() -> Self {
         let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-        // Half for names, the rest for open files and the program.
-        let half = usize::try_from(limit / 2).unwrap_or(usize::MAX);
+        // A quarter for names, the rest for open files and the program.
+        let quarter = usize::try_from(limit / 4).unwrap_or(usize::MAX);
         Self {
             by_handle: AtomicBool::new(true),
             mounts: Mutex::new(HashMap::new()),
             holding: Mutex::new(VecDeque::new()),
-            descriptors_max: half.clamp(16, DESCRIPTORS_MAX),
+            descriptors_max: quarter.clamp(16, DESCRIPTORS_MAX),
         }
     }
 
@@ -265,6 +286,13 @@ impl Space {
             mounts.insert(mount, anchor.clone());
         }
         anchor
+    }
+
+    fn close_all(&self) {
+        let holding = std::mem::take(&mut *self.holding.lock());
+        for handle in holding.iter().filter_map(Weak::upgrade) {
+            handle.close();
+        }
     }
 
     /// Notes that `handle` holds a descriptor that could be closed, and closes others' beyond the limit.

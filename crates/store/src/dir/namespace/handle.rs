@@ -148,7 +148,6 @@ impl Handle {
         }
     }
 
-    #[cfg(test)]
     pub(super) fn space_shared(&self) -> &Space {
         &self.space
     }
@@ -258,8 +257,13 @@ impl Handle {
             .map_err(errno)?
         };
         let flags = OFlags::PATH | OFlags::CLOEXEC;
-        let path = rustix::fs::openat(CWD, proc_path(&fd), flags, Mode::empty()).map_err(errno)?;
-        let (handle, stat) = self.space.adopt(path)?;
+        let again = || rustix::fs::openat(CWD, proc_path(&fd), flags, Mode::empty());
+        // The file is there: failing now for want of a descriptor would leave it behind.
+        let path = again().or_else(|_| {
+            self.space.close_all();
+            again()
+        });
+        let (handle, stat) = self.space.adopt(path.map_err(errno)?)?;
         Ok((handle, stat, fd))
     }
 

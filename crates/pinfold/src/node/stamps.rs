@@ -1,0 +1,177 @@
+//! Sizes and times: the store's, the live ones of cached changes, and telling our own changes from somebody else's.
+//!
+//! *Locking*: `stamps` is held while the stored times are changed or read together with what is recorded of them.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use pinfold_base::Errno;
+use pinfold_store::dir::namespace::{Change, Handle, Stat, TimeChange, Timestamp};
+
+use super::watch::Quiet;
+use super::{Data, Vnode, failed};
+use crate::error::{Error, ErrorKind, Result};
+use crate::inode::Backing;
+use crate::metadata::Metadata;
+
+/// Times, and what the stored file said when nothing of ours was under way.
+#[derive(Debug, Default)]
+pub(super) struct Stamps {
+    /// What somebody else's change would alter.
+    seen: Option<Seen>,
+    /// The time of change to report while the stored one is `seen`'s: write-back moves that, but is no change.
+    changed: Timestamp,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Seen {
+    size: u64,
+    modified: Timestamp,
+    changed: Timestamp,
+}
+
+impl Seen {
+    fn of(stat: &Stat) -> Self {
+        Self {
+            size: stat.size,
+            modified: stat.modified,
+            changed: stat.changed,
+        }
+    }
+}
+
+impl Vnode {
+    /// Records what the store says after a change of ours that is no change of the contents.
+    pub(super) fn record(&self, stat: &Stat) {
+        self.record_in(&mut self.stamps.lock(), Some(stat));
+    }
+
+    pub(super) fn record_in(&self, stamps: &mut Stamps, stat: Option<&Stat>) {
+        if let Some(stat) = stat {
+            stamps.seen = Some(Seen::of(stat));
+            stamps.changed = stat.changed;
+        }
+    }
+
+    pub(super) fn change(
+        self: &Arc<Self>,
+        change: &Change,
+        sets_modified: bool,
+    ) -> std::result::Result<Metadata, Errno> {
+        let mut stamps = self.stamps.lock();
+        let stat = self.with(|handle| handle.change(change))?;
+        if let Some(data) = self.data.get()
+            && sets_modified
+        {
+            data.inode.forget_modified();
+        }
+        self.record_in(&mut stamps, Some(&stat));
+        Ok(self.merge(&stamps, &stat, None))
+    }
+
+    pub(super) fn attributes(self: &Arc<Self>) -> std::result::Result<Metadata, Errno> {
+        let mut quiet = self.data.get().and_then(|data| data.watch.quiet());
+        let mut stat = self.with(Handle::stat)?;
+        // Of a file that nobody has open the store knows best; of others the size is what their users made it.
+        if let (Some(data), Some(moment)) = (self.data.get(), quiet)
+            && !data.inode.is_open()
+            && data.watch.is_settled(moment)
+            && self
+                .stamps
+                .lock()
+                .seen
+                .is_some_and(|seen| seen != Seen::of(&stat))
+        {
+            // Refused where newer data is cached: then that is what the file is, until somebody opens it.
+            let _ = self.notice_strangers(data);
+            quiet = data.watch.quiet();
+            stat = self.handle.stat()?;
+        }
+        Ok(self.merge(&self.stamps.lock(), &stat, quiet))
+    }
+
+    /// Puts the live size and times over what the store said; `quiet` was asked before the store.
+    fn merge(&self, stamps: &Stamps, stat: &Stat, quiet: Option<Quiet>) -> Metadata {
+        let mut metadata = Metadata::from(stat);
+        let Some(data) = self.data.get() else {
+            return metadata;
+        };
+        metadata.len = data.inode.len();
+        if data.inode.is_dirty() && metadata.len > 0 {
+            // Some programs take a file without blocks for one that is all hole, and do not read it.
+            metadata.blocks = metadata.blocks.max(8);
+        }
+        let settled = quiet.is_some_and(|quiet| data.watch.is_settled(quiet));
+        let as_recorded = stamps.seen.is_some_and(|seen| seen.changed == stat.changed);
+        if as_recorded || !settled {
+            metadata.changed = stamps.changed.into();
+        }
+        if let Some(modified) = data.inode.modified() {
+            metadata.modified = modified;
+            metadata.changed = metadata.changed.max(modified);
+        }
+        metadata
+    }
+
+    /// Drops clean pages of a file that somebody else changed; refuses one that has newer data cached.
+    pub(super) fn notice_strangers(self: &Arc<Self>, data: &Data) -> Result<()> {
+        let Some(quiet) = data.watch.quiet() else {
+            return Ok(());
+        };
+        let stat = self.handle.stat().map_err(failed("open"))?;
+        let mut stamps = self.stamps.lock();
+        let now = Seen::of(&stat);
+        let Some(seen) = stamps.seen.filter(|seen| *seen != now) else {
+            return Ok(());
+        };
+        if !data.watch.is_settled(quiet) {
+            return Ok(());
+        }
+        // Outside the lock: dropping pages may wait for transfers, whose end puts times right under it.
+        let reloaded =
+            parking_lot::MutexGuard::unlocked(&mut stamps, || data.inode.reload(stat.size));
+        let contents_same = seen.size == now.size && seen.modified == now.modified;
+        if !reloaded && !contents_same {
+            return Err(Error::new("open", ErrorKind::Stale));
+        }
+        if reloaded {
+            self.strangers.fetch_add(1, Ordering::AcqRel);
+        }
+        // Where only the time of change differs, an attribute was changed: that harms no cached data.
+        self.record_in(&mut stamps, Some(&stat));
+        Ok(())
+    }
+}
+
+impl Backing for Vnode {
+    fn stored(&self) {
+        let Some(data) = self.data.get() else {
+            return;
+        };
+        let mut stamps = self.stamps.lock();
+        // Asked under the lock: a time that somebody set while this pass ended must not be moved back.
+        let Some(modified) = data.inode.modified() else {
+            return;
+        };
+        let quiet = data.watch.quiet();
+        let in_place = stamps
+            .seen
+            .is_some_and(|seen| seen.modified == modified.into());
+        if in_place && quiet.is_some_and(|quiet| data.watch.is_settled(quiet)) {
+            return;
+        }
+        let change = Change {
+            modified: TimeChange::At(modified.into()),
+            ..Change::default()
+        };
+        // A store that does not let us set times (a file of somebody else's that we may write) has its own.
+        let Ok(stat) = self.handle.change(&change).or_else(|_| self.handle.stat()) else {
+            return;
+        };
+        stamps.changed = stamps.changed.max(modified.into());
+        if let Some(quiet) = quiet.filter(|&quiet| data.watch.quiet() == Some(quiet)) {
+            stamps.seen = Some(Seen::of(&stat));
+            data.watch.settle(quiet);
+        }
+    }
+}
