@@ -81,7 +81,9 @@ class Served:
                 start_new_session=True,
             )
         deadline = time.monotonic() + START_S_MAX
-        while device_at(mountpoint) is None or not _answers(mountpoint):
+        # In this order: a dead mount that is being replaced has a device but does not answer, and the bare directory
+        # that comes to light meanwhile answers but has none.
+        while not _answers(mountpoint) or device_at(mountpoint) is None:
             if self.daemon.poll() is not None:
                 raise MountError(f"did not start, status {self.daemon.returncode}: {self.tail()}")
             if time.monotonic() > deadline:

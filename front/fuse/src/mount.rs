@@ -52,7 +52,7 @@ pub enum MountError {
     #[error("/dev/fuse: {0}; is the fuse module loaded, and may this process use it?")]
     NoDevice(io::Error),
     /// mount(2) or `fusermount3` refused.
-    #[error("cannot mount at {}: {error}", at.display())]
+    #[error("cannot mount at {} through /dev/fuse: {error}", at.display())]
     Refused {
         /// The mount point.
         at: PathBuf,
