@@ -2,7 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::process::{Resource, getrlimit};
+use parking_lot::Mutex;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// What [`file_size_lately`] found last, and when; both relaxed, see there.
 static LATELY: (AtomicU64, AtomicU64) = (AtomicU64::new(0), AtomicU64::new(u64::MAX));
@@ -30,6 +31,44 @@ pub fn file_size_lately(now_ns: u64) -> Option<u64> {
         found
     };
     (limit != u64::MAX).then_some(limit)
+}
+
+/// Runs `work` with RLIMIT_FSIZE out of its way; `None`, and nothing is run, where there is none or the process may
+/// not raise it.
+///
+/// For bytes that were acknowledged when the limit allowed them: the kernel applies the limit of the moment to whoever
+/// writes, and a limit lowered since must not lose them (SEMANTICS.md section 0, fact 10). The limit belongs to the
+/// whole process, so for that moment no thread is bound by it; a limit that the program sets meanwhile stays.
+pub fn without_file_size_limit<R>(work: impl FnOnce() -> R) -> Option<R> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock();
+    let before = getrlimit(Resource::Fsize);
+    before.current?;
+    let raised = raise(before)?;
+    let result = work();
+    let now = getrlimit(Resource::Fsize);
+    if (now.current, now.maximum) == (raised.current, raised.maximum) {
+        // Lowering it again needs no right, so this cannot fail.
+        let _ = setrlimit(Resource::Fsize, before);
+    }
+    Some(result)
+}
+
+/// Sets the highest limit that the process may: none, with the right to raise the hard one, or else the hard one.
+fn raise(before: Rlimit) -> Option<Rlimit> {
+    let highest = [
+        Rlimit {
+            current: None,
+            maximum: None,
+        },
+        Rlimit {
+            current: before.maximum,
+            maximum: before.maximum,
+        },
+    ];
+    highest
+        .into_iter()
+        .find(|limit| setrlimit(Resource::Fsize, *limit).is_ok())
 }
 
 /// Sends SIGXFSZ to the calling thread, as the kernel does to a writer at its limit.

@@ -9,11 +9,7 @@ use pinfold_scenarios::scenario::Failure;
 use pinfold_scenarios::{Backend, Outcome, Record, Target, report};
 
 /// What does not hold yet: (scenario, check, what is missing). To be empty.
-const OPEN: &[(&str, &str, &str)] = &[(
-    "T16",
-    "fsync of what was acknowledged before",
-    "write-back past a limit that was lowered meanwhile is refused by the kernel",
-)];
+const OPEN: &[(&str, &str, &str)] = &[];
 
 fn is_open(scenario: &str, failure: &Failure) -> bool {
     let found = OPEN

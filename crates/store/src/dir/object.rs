@@ -33,6 +33,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::RwLock;
 use pinfold_base::{Errno, PAGE_SIZE, Progress};
 use pinfold_mem::Segments;
+use pinfold_mem::limits;
 use pinfold_mem::uring::{Engine, Op, Request};
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom, Statx, Timespec, Timestamps};
 
@@ -360,6 +361,10 @@ impl DirObject {
         segments: Segments,
         done: pinfold_mem::uring::Done,
     ) -> Request {
+        let done = match op {
+            Op::Read => done,
+            Op::Write => past_lowered_limit(&pair.plain, offset, &segments, done),
+        };
         let plain = |segments, done| Request {
             op,
             file: Arc::clone(&pair.plain),
@@ -431,6 +436,35 @@ impl Core {
             len_seen,
         )
     }
+}
+
+/// Wraps the completion of a write: what RLIMIT_FSIZE refuses is written with the limit out of the way. Whoever writes
+/// is bound by it when he writes; what has come this far was acknowledged, perhaps under a higher one.
+fn past_lowered_limit(
+    file: &Arc<OwnedFd>,
+    offset: u64,
+    segments: &Segments,
+    done: pinfold_mem::uring::Done,
+) -> pinfold_mem::uring::Done {
+    let (file, segments) = (Arc::clone(file), segments.clone());
+    Box::new(move |progress| {
+        let mut progress = progress;
+        if progress.stop == Some(Errno::EFBIG) {
+            let from = progress.done;
+            let left = segments.bytes() as u64 - from;
+            let rest = segments.slice(from as usize, left as usize);
+            let write = || Engine::write_wait(&file, offset + from, &rest, 1);
+            if let Some(more) = limits::without_file_size_limit(write) {
+                progress = Progress {
+                    done: from + more.done,
+                    stop: more.stop,
+                };
+            }
+        }
+        // Released before the completion may count on it.
+        drop((file, segments));
+        done(progress);
+    })
 }
 
 /// Wraps a store completion for an engine: names the operation and the range, and notes the size a write reached.

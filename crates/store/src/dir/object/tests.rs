@@ -561,3 +561,26 @@ fn the_plain_descriptor_is_not_the_direct_one() {
     assert!(!flags(&pair.plain).contains(OFlags::DIRECT));
     assert!(f.object.geometry().direct);
 }
+
+/// Runs in a process of its own: the limit is the whole process's.
+#[test]
+fn a_limit_lowered_after_the_write_was_acknowledged_does_not_lose_it() {
+    let limit = |current| {
+        let before = rustix::process::getrlimit(rustix::process::Resource::Fsize);
+        let maximum = before.maximum;
+        let limit = rustix::process::Rlimit { current, maximum };
+        rustix::process::setrlimit(rustix::process::Resource::Fsize, limit).unwrap();
+    };
+    let fixture = fixture(b"");
+    limit(Some(6000));
+    let data: Vec<u8> = (0..20_000u32).map(|i| i as u8).collect();
+    let mut buf = AlignedBuf::zeroed(data.len());
+    buf.as_mut_slice()[..data.len()].copy_from_slice(&data);
+    let segments = Segments::of_buf(&Arc::new(buf), data.len());
+    let progress = fixture.object.write_wait(0, &segments);
+    let still = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
+    limit(None);
+    assert_eq!(progress, Progress::complete(20_000));
+    assert_eq!(std::fs::read(&fixture.path).unwrap(), data);
+    assert_eq!(still, Some(6000), "the program's limit is put back");
+}
