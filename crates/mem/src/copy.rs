@@ -4,15 +4,17 @@
 //! anonymous memory touched for the first time) happen as always; one that would be a SIGSEGV or SIGBUS ends the
 //! copy, and the count says exactly how many bytes were moved: byte exact, not chunk exact (SEMANTICS.md A-3).
 //!
-//! The engine is one instruction, `rep movsb`: its remaining count is architectural state, so a fault leaves the
-//! exact remainder in `rcx`, and on the processors we measured it is as fast as `memcpy` from 64 bytes on. The
-//! signal handler recognises that one instruction by its address, so nested copies (a signal handler that copies,
-//! A-5) need no per-thread flag; the verdict travels in registers.
+//! What makes the count exact is one instruction, `rep movsb`: its remaining count is architectural state, so a fault
+//! leaves the exact remainder in `rcx`. Where the processor has AVX2, whole rounds of 32-byte moves go first, and a fault
+//! in one repeats that round with `rep movsb`: on the processors we measured they are as fast where both sides are
+//! aligned to pages, and nearly twice as fast where the target is not. The signal handler recognises
+//! these instructions by their addresses, so nested copies (a signal handler that copies, A-5) need no per-thread flag; the
+//! verdict travels in registers.
 //!
 //! A thread that blocks SIGSEGV or SIGBUS is killed by the kernel at its first bad copy; a handler installed
 //! over ours must chain (call [`install`] again after installing one).
 
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
 
 use pinfold_base::Progress;
 
@@ -47,14 +49,67 @@ mod arch {
     use std::arch::global_asm;
 
     // rdi = to, rsi = from, rdx = n. Returns rax = bytes not moved, rdx = fault address (0: none).
-    // The handler writes rdx and moves rip from `..._insn` to `..._fixup`.
+    // In the wide part rdi, rsi and rcx move on only after a round's stores, so at each of its instructions they say
+    // what is surely not moved yet: the handler sends a fault there to `..._again`, which goes on with `rep movsb`. At
+    // `..._insn` it writes rdx and moves rip to `..._fixup`.
+    // The last move of the wide part overlaps the one before rather than leave a few bytes to `rep movsb`, whose start
+    // costs as much as many moves.
     global_asm!(
         ".hidden pinfold_copy_nofault",
+        ".hidden pinfold_copy_nofault_wide",
+        ".hidden pinfold_copy_nofault_again",
         ".hidden pinfold_copy_nofault_insn",
         ".hidden pinfold_copy_nofault_fixup",
         ".global pinfold_copy_nofault",
+        ".global pinfold_copy_nofault_wide",
+        ".global pinfold_copy_nofault_again",
         ".global pinfold_copy_nofault_insn",
         ".global pinfold_copy_nofault_fixup",
+        ".p2align 6",
+        "pinfold_copy_nofault_wide:",
+        "mov rcx, rdx",
+        "xor edx, edx",
+        "cmp rcx, 32",
+        "jb pinfold_copy_nofault_insn",
+        "cmp rcx, 128",
+        "jb 4f",
+        ".p2align 5",
+        "2:",
+        "vmovdqu ymm0, [rsi]",
+        "vmovdqu ymm1, [rsi + 32]",
+        "vmovdqu ymm2, [rsi + 64]",
+        "vmovdqu ymm3, [rsi + 96]",
+        "vmovdqu [rdi], ymm0",
+        "vmovdqu [rdi + 32], ymm1",
+        "vmovdqu [rdi + 64], ymm2",
+        "vmovdqu [rdi + 96], ymm3",
+        "add rsi, 128",
+        "add rdi, 128",
+        "sub rcx, 128",
+        "cmp rcx, 128",
+        "jae 2b",
+        "test rcx, rcx",
+        "jz 5f",
+        "4:",
+        "cmp rcx, 32",
+        "jbe 6f",
+        "vmovdqu ymm0, [rsi]",
+        "vmovdqu [rdi], ymm0",
+        "add rsi, 32",
+        "add rdi, 32",
+        "sub rcx, 32",
+        "jmp 4b",
+        "6:",
+        "vmovdqu ymm0, [rsi + rcx - 32]",
+        "vmovdqu [rdi + rcx - 32], ymm0",
+        "xor ecx, ecx",
+        "5:",
+        "vzeroupper",
+        "mov rax, rcx",
+        "ret",
+        "pinfold_copy_nofault_again:",
+        "vzeroupper",
+        "jmp pinfold_copy_nofault_insn",
         ".p2align 5",
         "pinfold_copy_nofault:",
         "mov rcx, rdx",
@@ -66,15 +121,42 @@ mod arch {
         "ret",
     );
 
-    /// Looks whether the interrupted instruction is the copy; if so makes it return with `addr`.
+    unsafe extern "C" {
+        fn pinfold_copy_nofault_wide(to: *mut u8, from: *const u8, n: usize) -> super::Remainder;
+        fn pinfold_copy_nofault_again();
+    }
+
+    /// Tells whether this processor can run the wide rounds.
+    pub(super) fn has_wide() -> bool {
+        std::arch::is_x86_feature_detected!("avx2")
+    }
+
+    /// Copies with wide rounds.
+    ///
+    /// # Safety
+    /// As [`super::copy_nofault`], and the processor can ([`has_wide`]).
+    #[inline]
+    pub(super) unsafe fn copy_wide(to: *mut u8, from: *const u8, n: usize) -> super::Remainder {
+        // SAFETY: the caller's promise is this routine's contract.
+        unsafe { pinfold_copy_nofault_wide(to, from, n) }
+    }
+
+    /// Looks whether the interrupted instruction is the copy; if so makes it go on bytewise or return with `addr`.
     pub(super) fn divert(context: &mut libc::ucontext_t, addr: usize) -> bool {
         let registers = &mut context.uc_mcontext.gregs;
-        if registers[libc::REG_RIP as usize] != super::insn() as i64 {
-            return false;
+        let rip = registers[libc::REG_RIP as usize] as usize;
+        let wide = pinfold_copy_nofault_wide as *const () as usize;
+        let again = pinfold_copy_nofault_again as *const () as usize;
+        if rip == super::insn() {
+            registers[libc::REG_RDX as usize] = addr as i64;
+            registers[libc::REG_RIP as usize] = super::fixup() as i64;
+            true
+        } else if (wide..again).contains(&rip) {
+            registers[libc::REG_RIP as usize] = again as i64;
+            true
+        } else {
+            false
         }
-        registers[libc::REG_RDX as usize] = addr as i64;
-        registers[libc::REG_RIP as usize] = super::fixup() as i64;
-        true
     }
 }
 
@@ -121,6 +203,20 @@ mod arch {
 
     unsafe extern "C" {
         fn pinfold_copy_nofault_wide();
+    }
+
+    /// The one routine here is wide already.
+    pub(super) fn has_wide() -> bool {
+        false
+    }
+
+    /// Never chosen here.
+    ///
+    /// # Safety
+    /// As [`super::copy_nofault`].
+    pub(super) unsafe fn copy_wide(to: *mut u8, from: *const u8, n: usize) -> super::Remainder {
+        // SAFETY: the caller's promise is this routine's contract.
+        unsafe { super::pinfold_copy_nofault(to, from, n) }
     }
 
     /// Looks whether the interrupted instruction is the copy; if so makes it go on bytewise or return with `addr`.
@@ -175,11 +271,18 @@ fn fixup() -> usize {
 /// read: no Rust reference that such a write would break exists. The addresses need not be mapped.
 #[inline]
 pub unsafe fn copy_nofault(to: *mut u8, from: *const u8, n: usize) -> Progress<CopyStop> {
-    if !INSTALLED.load(Ordering::Relaxed) {
+    let mut engine = ENGINE.load(Ordering::Relaxed);
+    if engine == NOT_INSTALLED {
         install();
+        engine = ENGINE.load(Ordering::Relaxed);
     }
-    // SAFETY: the routine touches `to` and `from` only, which the caller allows; faults are diverted by the handler.
-    let remainder = unsafe { pinfold_copy_nofault(to, from, n) };
+    let remainder = if engine == WIDE {
+        // SAFETY: as below, and `install` has asked the processor.
+        unsafe { arch::copy_wide(to, from, n) }
+    } else {
+        // SAFETY: the routine touches `to` and `from` only, which the caller allows; faults are diverted by the handler.
+        unsafe { pinfold_copy_nofault(to, from, n) }
+    };
     if remainder.left == 0 {
         return Progress::complete(n as u64);
     }
@@ -224,7 +327,11 @@ fn is_canonical(addr: usize) -> bool {
     addr < 1 << 56
 }
 
-static INSTALLED: AtomicBool = AtomicBool::new(false);
+/// Which routine copies, once the handler is installed.
+static ENGINE: AtomicU8 = AtomicU8::new(NOT_INSTALLED);
+const NOT_INSTALLED: u8 = 0;
+const BYTES: u8 = 1;
+const WIDE: u8 = 2;
 /// The actions that were in force before ours: [0] SIGSEGV, [1] SIGBUS. Leaked; written once before the handler
 /// that reads them is installed.
 static PREVIOUS: [AtomicPtr<libc::sigaction>; 2] = [
@@ -242,7 +349,8 @@ pub fn install() {
         for (signal, previous) in SIGNALS.iter().zip(&PREVIOUS) {
             install_one(*signal, previous);
         }
-        INSTALLED.store(true, Ordering::Release);
+        let engine = if arch::has_wide() { WIDE } else { BYTES };
+        ENGINE.store(engine, Ordering::Release);
     });
 }
 
@@ -376,6 +484,64 @@ mod tests {
                     access: Access::Write
                 })
             );
+        }
+    }
+
+    type Routine = unsafe fn(*mut u8, *const u8, usize) -> Remainder;
+
+    /// Every routine this processor can run.
+    fn routines() -> Vec<Routine> {
+        install();
+        let mut routines: Vec<Routine> = vec![|to, from, n| {
+            // SAFETY: passed on from the caller.
+            unsafe { pinfold_copy_nofault(to, from, n) }
+        }];
+        if arch::has_wide() {
+            routines.push(arch::copy_wide);
+        }
+        routines
+    }
+
+    #[test]
+    fn every_routine_moves_all_bytes_and_no_others() {
+        let from: Vec<u8> = (0..1024).map(|i| (i * 7 + i / 256) as u8).collect();
+        for copy in routines() {
+            for n in (0..=400).chain([511, 512, 513, 640]) {
+                for (at, skew) in [(64, 0), (64, 1), (65, 0), (79, 31)] {
+                    let mut to = vec![0xaau8; 1024];
+                    let source = from[skew..].as_ptr();
+                    // SAFETY: both sides are live vectors with room for n bytes from there.
+                    let remainder = unsafe { copy(to[at..].as_mut_ptr(), source, n) };
+                    assert_eq!((remainder.left, remainder.fault), (0, 0));
+                    assert_eq!(to[at..at + n], from[skew..skew + n]);
+                    let outside = to[..at].iter().chain(&to[at + n..]);
+                    assert!(outside.copied().all(|byte| byte == 0xaa));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_routine_stops_at_the_very_byte() {
+        let half = Half::new();
+        let bad = half.addr() + 4096;
+        let ours: Vec<u8> = (0..1024).map(|i| i as u8).collect();
+        let mut sink = vec![0u8; 1024];
+        for copy in routines() {
+            for good in 0..=400 {
+                let edge = half.as_ptr().wrapping_add(4096 - good);
+                for n in [good + 1, good + 31, good + 300] {
+                    // SAFETY: writes test memory, reads our own vector, which has 1024 bytes.
+                    let write = unsafe { copy(edge, ours.as_ptr(), n) };
+                    assert_eq!((n - write.left, write.fault), (good, bad));
+                    sink.fill(0xaa);
+                    // SAFETY: reads test memory, writes our own vector, which has 1024 bytes.
+                    let read = unsafe { copy(sink.as_mut_ptr(), edge, n) };
+                    assert_eq!((n - read.left, read.fault), (good, bad));
+                    assert_eq!(sink[..good], ours[..good]);
+                    assert!(sink[good..].iter().all(|&byte| byte == 0xaa));
+                }
+            }
         }
     }
 
