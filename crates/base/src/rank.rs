@@ -28,15 +28,54 @@ pub enum Rank {
 }
 
 #[cfg(debug_assertions)]
+impl Rank {
+    const ALL: [Self; 6] = [
+        Self::Inode,
+        Self::Glock,
+        Self::Allocator,
+        Self::Invalidate,
+        Self::Folio,
+        Self::Leaf,
+    ];
+}
+
+#[cfg(debug_assertions)]
 mod checked {
     use super::Rank;
-    use std::cell::RefCell;
+    use std::cell::Cell;
+    use std::fmt;
+
+    /// How many locks of each class a thread holds. No list: the check must neither allocate nor be torn down with the
+    /// thread, because faults are served in signal handlers too.
+    struct Counts([Cell<u32>; Rank::ALL.len()]);
 
     thread_local! {
-        static HELD: RefCell<Vec<Rank>> = const { RefCell::new(Vec::new()) };
+        static HELD: Counts = const { Counts([const { Cell::new(0) }; Rank::ALL.len()]) };
     }
 
-    /// Evidence that a lock of some class is on this thread's list.
+    impl Counts {
+        fn of(&self, rank: Rank) -> &Cell<u32> {
+            &self.0[rank as usize - 1]
+        }
+
+        fn highest(&self) -> Option<Rank> {
+            let held = |rank: &Rank| self.of(*rank).get() > 0;
+            Rank::ALL.into_iter().rev().find(held)
+        }
+    }
+
+    impl fmt::Debug for Counts {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            let held = Rank::ALL
+                .into_iter()
+                .filter(|&rank| self.of(rank).get() > 0);
+            f.debug_map()
+                .entries(held.map(|rank| (rank, self.of(rank).get())))
+                .finish()
+        }
+    }
+
+    /// Evidence that this thread holds a lock of some class.
     #[derive(Debug)]
     pub struct Held(pub(super) Rank, std::marker::PhantomData<*const ()>);
 
@@ -47,13 +86,14 @@ mod checked {
     #[must_use]
     #[track_caller]
     pub fn enter(rank: Rank) -> Held {
-        HELD.with_borrow_mut(|held| {
-            if let Some(&top) = held.iter().max() {
+        HELD.with(|held| {
+            if let Some(top) = held.highest() {
                 // Folios of one file are taken in ascending order and two inodes by number: equal ranks pass.
                 let fits = top < rank || (top == rank && rank != Rank::Leaf);
                 assert!(fits, "lock order: {rank:?} taken while holding {held:?}");
             }
-            held.push(rank);
+            let count = held.of(rank);
+            count.set(count.get() + 1);
         });
         Held(rank, std::marker::PhantomData)
     }
@@ -66,10 +106,9 @@ mod checked {
 
     /// Notes that this thread no longer holds a lock of class `rank`: dropped, or given to a completion.
     pub fn leave(rank: Rank) {
-        HELD.with_borrow_mut(|held| {
-            if let Some(at) = held.iter().rposition(|&held| held == rank) {
-                held.remove(at);
-            }
+        HELD.with(|held| {
+            let count = held.of(rank);
+            count.set(count.get().saturating_sub(1));
         });
     }
 
@@ -79,9 +118,9 @@ mod checked {
     /// When it holds one.
     #[track_caller]
     pub fn rule_zero(place: &str) {
-        HELD.with_borrow(|held| {
+        HELD.with(|held| {
             assert!(
-                held.is_empty(),
+                held.highest().is_none(),
                 "rule zero broken at {place}: holding {held:?}"
             );
         });

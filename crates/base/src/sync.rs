@@ -21,34 +21,56 @@ pub use imp::{Condvar, Mutex, MutexGuard};
 
 #[cfg(not(loom))]
 mod imp {
+    use std::sync::PoisonError;
     use std::time::Instant;
 
-    pub use parking_lot::{Mutex, MutexGuard};
+    pub use std::sync::MutexGuard;
+
+    /// A mutex that waits on a futex and allocates nothing, contended or not: one that the fault path takes must not
+    /// enter the program's allocator, whose lock the faulting thread may hold. Knows no poison.
+    #[derive(Debug, Default)]
+    pub struct Mutex<T>(std::sync::Mutex<T>);
+
+    impl<T> Mutex<T> {
+        /// Makes a mutex.
+        pub const fn new(value: T) -> Self {
+            Self(std::sync::Mutex::new(value))
+        }
+
+        /// Takes the lock.
+        #[inline]
+        pub fn lock(&self) -> MutexGuard<'_, T> {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+    }
 
     /// A condition variable whose `wait` takes and returns the guard.
     #[derive(Debug, Default)]
-    pub struct Condvar(parking_lot::Condvar);
+    pub struct Condvar(std::sync::Condvar);
 
     impl Condvar {
         /// Makes a condition variable.
         #[must_use]
         pub const fn new() -> Self {
-            Self(parking_lot::Condvar::new())
+            Self(std::sync::Condvar::new())
         }
 
         /// Sleeps until notified; spurious wake-ups happen.
-        pub fn wait<'a, T>(&self, mut guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
-            self.0.wait(&mut guard);
-            guard
+        pub fn wait<'a, T>(&self, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+            self.0.wait(guard).unwrap_or_else(PoisonError::into_inner)
         }
 
         /// Sleeps until notified or until `deadline`.
         pub fn wait_until<'a, T>(
             &self,
-            mut guard: MutexGuard<'a, T>,
+            guard: MutexGuard<'a, T>,
             deadline: Instant,
         ) -> MutexGuard<'a, T> {
-            self.0.wait_until(&mut guard, deadline);
+            let left = deadline.saturating_duration_since(Instant::now());
+            let (guard, _timed_out) = self
+                .0
+                .wait_timeout(guard, left)
+                .unwrap_or_else(PoisonError::into_inner);
             guard
         }
 
