@@ -1,7 +1,8 @@
 //! User memory, frames, and the system calls under them; the room where `unsafe` lives.
 //!
 //! *Owns*: the frame [`arena`], spans of user memory and the cursor over them ([`span`], [`iov`]), copies that
-//! survive faults ([`copy`]), fault-in ([`faultin`]), io_uring ([`uring`]), per-thread credentials ([`creds`]).
+//! survive faults ([`copy`]), fault-in ([`faultin`]), io_uring ([`uring`]), per-thread credentials ([`creds`]); the
+//! memory of mapped files ([`window`]), userfaultfd ([`uffd`]) and the table of user mappings ([`mapped`]).
 //!
 //! *Does not own*: what a frame holds, when memory may be touched, any file.
 //!
@@ -16,18 +17,30 @@ pub mod arena;
 pub mod clock;
 pub mod copy;
 pub mod creds;
+mod descriptor;
+mod epochs;
 pub mod exit;
 pub mod faultin;
+pub mod forked;
 pub mod iov;
 pub mod limits;
+pub mod mapped;
+pub mod quiet;
 pub mod region;
 #[cfg(test)]
 mod region_for_tests;
 pub mod span;
 pub mod sys;
+pub mod uffd;
 pub mod uring;
+pub mod window;
 
 pub use arena::{Arena, ArenaError, Frame, FrameRun};
 pub use copy::{Access, CopyStop};
+pub use forked::forked;
 pub use iov::{Direction, IovCursor};
+pub use mapped::{Lent, MappedMemory, SignalVerdict};
+pub use quiet::Quiet;
 pub use span::{AlignedBuf, IoSpan, RawSpan, Segments};
+pub use uffd::{Delivery, InstallStop, Installed, Privilege, Uffd};
+pub use window::{UserMap, UserMapKind, Window};

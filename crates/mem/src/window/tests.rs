@@ -1,0 +1,178 @@
+use super::*;
+
+/// Resident bytes of the process, in pages.
+fn resident_pages() -> u64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split(' ').nth(1).unwrap().parse().unwrap()
+}
+
+fn byte_at(map: &UserMap, page: u64) -> u8 {
+    let addr = map.addr_of(page).unwrap();
+    // SAFETY: a page of a live mapping, present or a hole; raw access.
+    unsafe { std::ptr::with_exposed_provenance::<u8>(addr).read_volatile() }
+}
+
+#[test]
+fn an_address_once_given_stays_while_the_window_grows() {
+    let window = Window::new().unwrap();
+    window.ensure(1).unwrap();
+    let first = window.alias(0);
+    window.write_page(0, 100, b"early");
+    window.ensure(5000).unwrap();
+    assert_eq!(window.alias(0), first);
+    for page in [1023u64, 1024, 2047, 2048, 4095, 4096, 4999] {
+        window.write_page(page, 0, &page.to_ne_bytes());
+    }
+    let map = window.user_map(0..5000, UserMapKind::SharedRead).unwrap();
+    for page in [1023u64, 1024, 2047, 2048, 4095, 4096, 4999] {
+        assert_eq!(byte_at(&map, page), page.to_ne_bytes()[0]);
+    }
+    let mut early = [0; 5];
+    window.read_page(0, 100, &mut early);
+    assert_eq!(&early, b"early");
+}
+
+#[test]
+fn segments_of_the_alias_follow_each_other() {
+    let mut next = 0;
+    for segment in 0..SEGMENTS_MAX {
+        let pages = segment_pages(segment);
+        assert_eq!(pages.start, next);
+        assert_eq!(segment_of(pages.start), segment);
+        assert_eq!(segment_of(pages.end - 1), segment);
+        next = pages.end;
+    }
+    assert!(next >= PAGES_MAX);
+}
+
+#[test]
+#[should_panic(expected = "not of this window")]
+fn a_page_that_was_not_asked_for_has_no_address() {
+    let window = Window::new().unwrap();
+    window.ensure(1).unwrap();
+    let _ = window.alias(1024);
+}
+
+#[test]
+fn an_impossible_size_is_refused() {
+    let window = Window::new().unwrap();
+    assert_eq!(
+        window.ensure(u64::MAX).unwrap_err().errno(),
+        Errno::EOVERFLOW
+    );
+    assert_eq!(window.ensure(PAGES_MAX).unwrap_err().errno(), Errno::ENOMEM);
+    let end = window.user_map(PAGES_MAX - 1..PAGES_MAX, UserMapKind::SharedRead);
+    assert_eq!(end.unwrap_err().errno(), Errno::ENOMEM);
+}
+
+#[test]
+fn a_punched_page_is_gone_from_every_mapping() {
+    let window = Window::new().unwrap();
+    let map = window.user_map(0..3, UserMapKind::SharedRead).unwrap();
+    let private = window.user_map(0..3, UserMapKind::Private).unwrap();
+    for page in 0..3 {
+        window.write_page(page, 0, &[7; 10]);
+    }
+    assert_eq!((byte_at(&map, 1), byte_at(&private, 1)), (7, 7));
+    window.punch(1..2).unwrap();
+    assert_eq!((byte_at(&map, 1), byte_at(&private, 1)), (0, 0));
+    assert_eq!((byte_at(&map, 0), byte_at(&map, 2)), (7, 7));
+}
+
+#[test]
+fn a_dropped_alias_keeps_the_bytes_and_counts_once() {
+    const PAGES: u64 = 4096;
+    let window = Window::new().unwrap();
+    window.ensure(PAGES).unwrap();
+    window.populate(0..PAGES).unwrap();
+    for page in 0..PAGES {
+        window.write_page(page, 0, &page.to_ne_bytes());
+    }
+    let with = resident_pages();
+    window.drop_alias(0..PAGES);
+    let without = resident_pages();
+    assert!(without + PAGES / 2 < with, "{with} then {without}");
+    for page in 0..PAGES {
+        let mut bytes = [0; 8];
+        window.read_page(page, 0, &mut bytes);
+        assert_eq!(u64::from_ne_bytes(bytes), page);
+    }
+}
+
+#[test]
+fn pages_are_filled_across_segments() {
+    let window = Window::new().unwrap();
+    window.ensure(2000).unwrap();
+    let buf = Arc::new(crate::span::AlignedBuf::zeroed(4 * PAGE));
+    let segments = Segments::of_buf(&buf, 4 * PAGE);
+    let bytes: Vec<u8> = (0..4 * PAGE).map(|at| (at / 7) as u8).collect();
+    segments.copy_from(0, &bytes);
+    window.fill(1022, &segments.spans()[0]);
+    for (page, wanted) in (1022..1026).zip(bytes.chunks(PAGE)) {
+        let mut got = vec![0; PAGE];
+        window.read_page(page, 0, &mut got);
+        assert_eq!(got, wanted);
+    }
+}
+
+#[test]
+fn what_was_unmapped_is_left_to_others() {
+    let window = Window::new().unwrap();
+    let map = window.user_map(10..20, UserMapKind::SharedWrite).unwrap();
+    map.unmap(12..14).unwrap();
+    map.unmap(13..16).unwrap();
+    assert_eq!(map.mapped().as_slice(), [10..12, 16..20]);
+    assert_eq!(map.drop_entries(11..13), Err(Errno::ENOMEM));
+    map.drop_entries(16..20).unwrap();
+    // Somebody else takes the place; dropping the map must leave it alone.
+    let place = std::ptr::with_exposed_provenance_mut(map.addr_of(12).unwrap());
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE;
+    let prot = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: FIXED_NOREPLACE replaces nothing.
+    let other = unsafe { rustix::mm::mmap_anonymous(place, PAGE, prot, flags) }.unwrap();
+    // SAFETY: mapped just now.
+    unsafe { other.cast::<u8>().write_volatile(9) };
+    drop(map);
+    // SAFETY: as above.
+    assert_eq!(unsafe { other.cast::<u8>().read_volatile() }, 9);
+    // SAFETY: ours, not used again.
+    unsafe { munmap(other, PAGE) }.unwrap();
+}
+
+#[test]
+fn a_file_size_limit_is_an_error_and_not_a_signal() {
+    // The limit is the process's, so this runs in a child, which does nothing that another thread's locks could stop.
+    // SAFETY: the child makes system calls and ends without unwinding.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let limit = libc::rlimit {
+            rlim_cur: 64 << 10,
+            rlim_max: libc::RLIM_INFINITY,
+        };
+        // SAFETY: a live structure.
+        unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) };
+        let verdict = match Window::new() {
+            Ok(window) => match window.ensure(17) {
+                Err(WindowError::FileSizeLimit { bytes, limit }) => {
+                    let fits = window.ensure(16).is_ok();
+                    i32::from(!(fits && bytes == 17 * PAGE_SIZE && limit == 64 << 10))
+                }
+                _ => 2,
+            },
+            Err(_) => 3,
+        };
+        // SAFETY: ends the child.
+        unsafe { libc::_exit(verdict) };
+    }
+    let mut status = 0;
+    // SAFETY: waits for our child.
+    unsafe { libc::waitpid(child, &raw mut status, 0) };
+    assert!(libc::WIFEXITED(status), "status {status:#x}");
+    assert_eq!(libc::WEXITSTATUS(status), 0);
+}
+
+#[test]
+fn a_limit_set_after_the_window_was_made_concerns_it_no_more() {
+    let window = Window::new().unwrap();
+    assert!(window.pages.load(Ordering::Relaxed) >= 1 << 40 || file_size_limit().is_some());
+}
