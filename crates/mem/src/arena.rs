@@ -1,7 +1,17 @@
-//! Frames: one mapping per volume, grown in chunks that are touched once and kept.
+//! Frames: one mapping per volume, grown in chunks that are touched once and kept while no mapping of a file needs
+//! the memory.
 //!
 //! Filling or evicting a page costs no page-table work: a frame stays mapped at the same address for the life of
 //! the arena. A chunk is registered with io_uring as one fixed buffer.
+//!
+//! *Owns*: the budget, in pages: what the arena has populated and what lies outside of it (pages in the windows of mapped
+//! files) is charged to one account. When windows need room the arena gives memory back a *granule* at a time, and takes
+//! it again when there is room. A page that the kernel has registered as a fixed buffer must not be given back: the
+//! buffer would go on naming the old page. So fixed buffers end for good before the first granule goes.
+//!
+//! *Does not own*: what a frame holds; which pages must go when room is short.
+//!
+//! *Locking*: the free list and the growth lock are leaves (class 6), growth before the free list.
 //!
 //! The memory is private and anonymous because that is what the kernel backs with huge pages when asked: a
 //! transfer of neighbouring frames then is one physical run for the device, and a walk over many frames misses the TLB
@@ -10,11 +20,12 @@
 
 use std::any::Any;
 use std::fmt;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use parking_lot::Mutex;
+use pinfold_base::sync::Mutex;
 use pinfold_base::{Errno, PAGE_SIZE, Progress};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
@@ -22,9 +33,16 @@ use crate::copy::CopyStop;
 use crate::iov::IovCursor;
 use crate::span::Segments;
 
+mod free_map;
+use free_map::FreeMap;
+
 const PAGE: usize = PAGE_SIZE as usize;
 /// The least chunk: large enough for one fixed buffer to serve the largest transfers.
 const CHUNK_BYTES_MIN: usize = 4 << 20;
+/// The most pages given back or taken again at once: one huge page.
+const GRANULE_PAGES_MAX: usize = 512;
+/// A granule is at most this share of the budget.
+const GRANULE_SHARE: usize = 16;
 /// io_uring takes at most 16384 fixed buffers.
 const CHUNKS_MAX: usize = 16384;
 /// The size of a huge page on the architectures we run on; elsewhere the alignment is merely unnecessary.
@@ -96,13 +114,65 @@ pub struct Arena {
     /// All that was mapped, the alignment's slack included.
     mapped: Mapped,
     chunk_bytes: usize,
-    /// Chunks that are populated, from the start; only grows.
+    /// Pages of a granule, a power of two; the last granule may be smaller.
+    granule: usize,
+    /// Chunks that were populated whole, from the start; only grows, and no longer once fixed buffers have ended.
     chunks_ready: AtomicUsize,
     /// Frames that are free now; a hint, the truth is in the map.
     free_hint: AtomicUsize,
+    /// Pages of the budget in use: populated, or charged from outside.
+    committed: AtomicUsize,
+    /// Pages that are populated.
+    populated: AtomicUsize,
+    /// Memory may have been given back: it must not be named by fixed buffers any more.
+    fixed_stopped: AtomicBool,
     free: Mutex<FreeMap>,
-    /// Serializes population, which is too slow to do under the free list.
-    growth: Mutex<()>,
+    /// Serializes population and giving back, which are too slow to do under the free list.
+    growth: Mutex<Growth>,
+}
+
+struct Growth {
+    /// Which granules are populated.
+    granules: Vec<bool>,
+}
+
+/// Pages of the budget that are spoken for; given back when dropped.
+#[must_use = "dropped, the pages are anybody's again"]
+pub struct Charge<'a> {
+    arena: &'a Arena,
+    pages: usize,
+}
+
+impl fmt::Debug for Charge<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Charge({} pages)", self.pages)
+    }
+}
+
+impl Charge<'_> {
+    /// Returns how many pages are spoken for.
+    #[must_use]
+    pub fn pages(&self) -> usize {
+        self.pages
+    }
+
+    /// Adds pages that the caller was charged for and no longer uses.
+    pub fn take_over(&mut self, pages: usize) {
+        self.pages += pages;
+    }
+
+    /// Uses up to `pages` of these: the caller is charged for them until he calls [`Arena::uncharge`]. Returns how many.
+    pub fn spend(&mut self, pages: usize) -> usize {
+        let spent = pages.min(self.pages);
+        self.pages -= spent;
+        spent
+    }
+}
+
+impl Drop for Charge<'_> {
+    fn drop(&mut self) {
+        self.arena.uncharge(self.pages);
+    }
 }
 
 /// A mapping as it was made.
@@ -184,15 +254,23 @@ impl Arena {
         let chunk_bytes = CHUNK_BYTES_MIN
             .max((len / CHUNKS_MAX).next_multiple_of(CHUNK_BYTES_MIN))
             .min(len);
+        let granule = 1 << (len / PAGE / GRANULE_SHARE).max(1).ilog2();
+        let granule = GRANULE_PAGES_MAX.min(granule);
         Ok(Arc::new(Self {
             base,
             bytes: len,
             mapped,
             chunk_bytes,
+            granule,
             chunks_ready: AtomicUsize::new(0),
             free_hint: AtomicUsize::new(0),
+            committed: AtomicUsize::new(0),
+            populated: AtomicUsize::new(0),
+            fixed_stopped: AtomicBool::new(false),
             free: Mutex::new(FreeMap::new(len / PAGE)),
-            growth: Mutex::new(()),
+            growth: Mutex::new(Growth {
+                granules: vec![false; (len / PAGE).div_ceil(granule)],
+            }),
         }))
     }
 
@@ -202,11 +280,29 @@ impl Arena {
         self.bytes / PAGE
     }
 
-    /// Returns how many frames can be had without evicting anything: free ones and those not yet populated.
+    /// Returns how many pages can be had without evicting anything: free frames, and what of the budget is not in use.
     #[must_use]
     pub fn frames_available(&self) -> usize {
-        let grown = (self.chunks_ready.load(Ordering::Acquire) * self.chunk_bytes).min(self.bytes);
-        self.free_hint.load(Ordering::Relaxed) + (self.bytes - grown) / PAGE
+        let used = self.committed.load(Ordering::Relaxed);
+        self.free_frames() + self.frames_max().saturating_sub(used)
+    }
+
+    /// Returns how many populated frames are free; a hint while others take and give.
+    #[must_use]
+    pub fn free_frames(&self) -> usize {
+        self.free_hint.load(Ordering::Relaxed)
+    }
+
+    /// Returns how many frames have memory.
+    #[must_use]
+    pub fn populated(&self) -> usize {
+        self.populated.load(Ordering::Relaxed)
+    }
+
+    /// Returns how many frames are given back at once.
+    #[must_use]
+    pub fn granule(&self) -> usize {
+        self.granule
     }
 
     /// Returns the address of the first frame.
@@ -240,16 +336,122 @@ impl Arena {
     /// # Errors
     /// The system has no memory for another chunk although the budget has.
     pub fn alloc(&self, want: u32) -> Result<Option<FrameRun>, ArenaError> {
+        self.alloc_from(want, &mut self.no_charge())
+    }
+
+    /// As [`Arena::alloc`], and may use the pages of `saved` to grow.
+    ///
+    /// # Errors
+    /// As of [`Arena::alloc`].
+    pub fn alloc_from(
+        &self,
+        want: u32,
+        saved: &mut Charge<'_>,
+    ) -> Result<Option<FrameRun>, ArenaError> {
         loop {
             if let Some(run) = self.free.lock().take(want) {
                 self.free_hint
                     .fetch_sub(run.len as usize, Ordering::Relaxed);
                 return Ok(Some(run));
             }
-            if !self.grow()? {
+            if !self.grow(saved)? {
                 return Ok(None);
             }
         }
+    }
+
+    /// Speaks for `pages` of the budget outside of the arena, if so many are not in use.
+    pub fn charge(&self, pages: usize) -> Option<Charge<'_>> {
+        let limit = self.frames_max();
+        self.committed
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
+                used.checked_add(pages).filter(|&sum| sum <= limit)
+            })
+            .ok()?;
+        Some(Charge { arena: self, pages })
+    }
+
+    /// Makes a charge of nothing, to collect in.
+    pub fn no_charge(&self) -> Charge<'_> {
+        Charge {
+            arena: self,
+            pages: 0,
+        }
+    }
+
+    /// Gives back pages that were charged and [spent](Charge::spend).
+    pub fn uncharge(&self, pages: usize) {
+        let before = self.committed.fetch_sub(pages, Ordering::Relaxed);
+        debug_assert!(before >= pages, "more was given back than was charged");
+    }
+
+    /// Ends fixed buffers for good: from now on no request names its memory by one, and rings forget theirs.
+    pub fn stop_fixed(&self) {
+        self.fixed_stopped.store(true, Ordering::Release);
+    }
+
+    /// Tells whether fixed buffers have ended. A frame that came back from a granule given back was handed out after
+    /// this became true, so a look when a request for it is cut sees it.
+    #[must_use]
+    pub fn fixed_stopped(&self) -> bool {
+        self.fixed_stopped.load(Ordering::Acquire)
+    }
+
+    /// Returns the frames of the populated granule with the most free ones, and how many those are.
+    #[must_use]
+    pub fn emptiest(&self) -> Option<(FrameRun, usize)> {
+        let growth = self.growth.lock();
+        let free = self.free.lock();
+        let mut best: Option<(usize, usize)> = None;
+        for granule in (0..growth.granules.len()).filter(|&granule| growth.granules[granule]) {
+            let frames = self.frames_of(granule);
+            let (count, all) = (free.count(frames.clone()), frames.len());
+            if best.is_none_or(|(_, most)| count > most) {
+                best = Some((granule, count));
+            }
+            if count == all {
+                break;
+            }
+        }
+        let (granule, count) = best?;
+        let frames = self.frames_of(granule);
+        // Both fit: `Arena::new` bounds the number of frames by u32.
+        let run = FrameRun {
+            start: Frame(frames.start as u32),
+            len: frames.len() as u32,
+        };
+        Some((run, count))
+    }
+
+    /// Gives the memory of the granule that holds `frame` back to the system, and its pages to the budget; false when
+    /// one of its frames is in use.
+    pub fn retire(&self, frame: Frame) -> bool {
+        let granule = frame.0 as usize / self.granule;
+        let mut growth = self.growth.lock();
+        let frames = self.frames_of(granule);
+        if !growth.granules[granule] || !self.free.lock().take_all(frames.clone()) {
+            return false;
+        }
+        self.stop_fixed();
+        let addr = self.base().wrapping_add(frames.start * PAGE);
+        // SAFETY: a part of our own mapping none of whose frames is handed out, and no fixed buffer names it from here on.
+        let gone = unsafe { madvise(addr.cast(), frames.len() * PAGE, Advice::LinuxDontNeed) };
+        if gone.is_err() {
+            // Locked memory, say: the frames are as good as before.
+            let mut free = self.free.lock();
+            frames.for_each(|frame| free.give(frame));
+            return false;
+        }
+        growth.granules[granule] = false;
+        self.free_hint.fetch_sub(frames.len(), Ordering::Relaxed);
+        self.populated.fetch_sub(frames.len(), Ordering::Relaxed);
+        self.uncharge(frames.len());
+        true
+    }
+
+    fn frames_of(&self, granule: usize) -> Range<usize> {
+        let start = granule * self.granule;
+        start..(start + self.granule).min(self.frames_max())
     }
 
     /// Gives a frame back.
@@ -268,34 +470,78 @@ impl Arena {
         self.free_hint.fetch_add(frames.len(), Ordering::Relaxed);
     }
 
-    /// Populates one more chunk; false when the budget is used up and nothing is free.
-    fn grow(&self) -> Result<bool, ArenaError> {
-        let _turn = self.growth.lock();
+    /// Populates one more chunk, or granule once memory has gone elsewhere; false when the budget is used up and nothing
+    /// is free.
+    fn grow(&self, saved: &mut Charge<'_>) -> Result<bool, ArenaError> {
+        let mut growth = self.growth.lock();
         if self.free.lock().any() {
             return Ok(true);
         }
-        let ready = self.chunks_ready.load(Ordering::Relaxed);
-        let start = ready * self.chunk_bytes;
-        if start >= self.bytes {
+        let Some((frames, is_chunk)) = self.next_growth(&growth, saved) else {
             return Ok(false);
-        }
-        let len = self.chunk_bytes.min(self.bytes - start);
-        let addr = self.base().wrapping_add(start);
+        };
+        let addr = self.base().wrapping_add(frames.start * PAGE);
         // SAFETY: a part of our own mapping, not yet handed out; populating changes no contents.
-        unsafe { madvise(addr.cast(), len, Advice::LinuxPopulateWrite) }.map_err(|errno| {
-            ArenaError::System {
+        let populated =
+            unsafe { madvise(addr.cast(), frames.len() * PAGE, Advice::LinuxPopulateWrite) };
+        if let Err(errno) = populated {
+            self.uncharge(frames.len());
+            return Err(ArenaError::System {
                 call: "madvise(POPULATE_WRITE)",
                 errno: Errno::from_raw(errno.raw_os_error()),
-            }
-        })?;
-        self.chunks_ready.store(ready + 1, Ordering::Release);
+            });
+        }
+        for granule in frames.start / self.granule..frames.end.div_ceil(self.granule) {
+            growth.granules[granule] = true;
+        }
+        if is_chunk {
+            self.chunks_ready.fetch_add(1, Ordering::Release);
+        }
+        self.populated.fetch_add(frames.len(), Ordering::Relaxed);
         let mut free = self.free.lock();
-        for frame in start / PAGE..(start + len) / PAGE {
+        for frame in frames.clone() {
             free.give(frame);
         }
         drop(free);
-        self.free_hint.fetch_add(len / PAGE, Ordering::Relaxed);
+        self.free_hint.fetch_add(frames.len(), Ordering::Relaxed);
         Ok(true)
+    }
+
+    /// Chooses what to populate next and charges for it; true: it is a whole chunk, for a fixed buffer.
+    fn next_growth(&self, growth: &Growth, saved: &mut Charge<'_>) -> Option<(Range<usize>, bool)> {
+        if !self.fixed_stopped() {
+            let chunk = self.chunk_bytes / PAGE;
+            let start = self.chunks_ready.load(Ordering::Relaxed) * chunk;
+            if start >= self.frames_max() {
+                return None;
+            }
+            let frames = start..(start + chunk).min(self.frames_max());
+            if self.cover(frames.len(), saved) {
+                return Some((frames, true));
+            }
+            if !self.cover(self.frames_of(start / self.granule).len(), saved) {
+                return None;
+            }
+            // Part of a chunk must not be taken for a fixed buffer.
+            self.stop_fixed();
+            return Some((self.frames_of(start / self.granule), false));
+        }
+        let granule = growth.granules.iter().position(|&populated| !populated)?;
+        let frames = self.frames_of(granule);
+        self.cover(frames.len(), saved).then_some((frames, false))
+    }
+
+    /// Charges for `pages`, from `saved` as far as it goes.
+    fn cover(&self, pages: usize, saved: &mut Charge<'_>) -> bool {
+        match self.charge(pages.saturating_sub(saved.pages())) {
+            Some(mut rest) => {
+                let short = rest.pages();
+                rest.spend(short);
+                saved.spend(pages - short);
+                true
+            }
+            None => false,
+        }
     }
 
     /// Returns a frame's address.
@@ -392,85 +638,6 @@ impl Drop for Arena {
     }
 }
 
-/// Which frames are free: a bit each, with a summary bit per word, searched next-fit so that frames freed
-/// together are found together.
-struct FreeMap {
-    words: Vec<u64>,
-    summary: Vec<u64>,
-    cursor: usize,
-}
-
-impl FreeMap {
-    fn new(frames: usize) -> Self {
-        let words = frames.div_ceil(64);
-        Self {
-            words: vec![0; words],
-            summary: vec![0; words.div_ceil(64)],
-            cursor: 0,
-        }
-    }
-
-    fn any(&self) -> bool {
-        self.summary.iter().any(|&s| s != 0)
-    }
-
-    fn give(&mut self, frame: usize) {
-        let (word, bit) = (frame / 64, frame % 64);
-        debug_assert_eq!(self.words[word] >> bit & 1, 0, "frame {frame} freed twice");
-        self.words[word] |= 1 << bit;
-        self.summary[word / 64] |= 1 << (word % 64);
-    }
-
-    /// Takes the first run at or after the cursor, at most `want` long.
-    fn take(&mut self, want: u32) -> Option<FrameRun> {
-        let mut word = self.next_word(self.cursor).or_else(|| self.next_word(0))?;
-        let start = word * 64 + self.words[word].trailing_zeros() as usize;
-        let mut len = 0usize;
-        while len < want as usize {
-            let at = start + len;
-            if at / 64 != word {
-                word = at / 64;
-            }
-            let Some(bits) = self.words.get_mut(word) else {
-                break;
-            };
-            let ones = (!(*bits >> (at % 64))).trailing_zeros() as usize;
-            let ones = ones.min(64 - at % 64).min(want as usize - len);
-            if ones == 0 {
-                break;
-            }
-            let mask = (u64::MAX >> (64 - ones)) << (at % 64);
-            *bits &= !mask;
-            if *bits == 0 {
-                self.summary[word / 64] &= !(1 << (word % 64));
-            }
-            len += ones;
-            if !(at + ones).is_multiple_of(64) {
-                break;
-            }
-        }
-        self.cursor = (start + len) / 64;
-        // Both fit: `Arena::new` bounds the number of frames by u32.
-        Some(FrameRun {
-            start: Frame(start as u32),
-            len: len as u32,
-        })
-    }
-
-    /// Finds the first word with a free frame at or after `from`.
-    fn next_word(&self, from: usize) -> Option<usize> {
-        let mut group = from / 64;
-        let mut bits = self.summary.get(group)? & (u64::MAX << (from % 64));
-        loop {
-            if bits != 0 {
-                return Some(group * 64 + bits.trailing_zeros() as usize);
-            }
-            group += 1;
-            bits = *self.summary.get(group)?;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -502,27 +669,66 @@ mod tests {
     }
 
     #[test]
-    fn a_run_crosses_words_and_stops_at_a_used_frame() {
-        let mut map = FreeMap::new(256);
-        for frame in (10..140).chain(150..200) {
-            map.give(frame);
-        }
-        let run = map.take(1000).unwrap();
-        assert_eq!((run.start.0, run.len), (10, 130));
-        let run = map.take(20).unwrap();
-        assert_eq!((run.start.0, run.len), (150, 20));
-        let run = map.take(64).unwrap();
-        assert_eq!((run.start.0, run.len), (170, 30));
-        assert!(map.take(1).is_none());
-    }
-
-    #[test]
     fn memory_is_taken_chunk_by_chunk() {
         let arena = Arena::new(64 << 20).unwrap();
         assert_eq!(arena.chunks_ready(), 0);
         arena.alloc(1).unwrap().unwrap();
         assert_eq!(arena.chunks_ready(), 1);
         assert_eq!(arena.frames_available(), arena.frames_max() - 1);
+    }
+
+    #[test]
+    fn what_is_charged_outside_is_not_populated() {
+        let arena = Arena::new(64 * PAGE_SIZE).unwrap();
+        let mut outside = arena.charge(10).unwrap();
+        assert!(arena.charge(55).is_none());
+        // The chunk, which is the whole budget, no longer fits: granules of four do.
+        let mut taken = 0;
+        while let Some(run) = arena.alloc(64).unwrap() {
+            taken += run.len as usize;
+        }
+        assert_eq!((taken, arena.populated(), arena.granule()), (52, 52, 4));
+        assert!(arena.fixed_stopped() && arena.chunks_ready() == 0);
+        assert_eq!(arena.frames_available(), 2);
+        // Two saved and two that are left make a granule.
+        let mut saved = arena.no_charge();
+        saved.take_over(outside.spend(2));
+        assert_eq!(arena.alloc_from(64, &mut saved).unwrap().unwrap().len, 4);
+        assert_eq!((saved.pages(), outside.pages()), (0, 8));
+        drop((saved, outside));
+        assert_eq!(arena.alloc(64).unwrap().unwrap().len, 4);
+        assert_eq!(arena.alloc(64).unwrap().unwrap().len, 4);
+        assert_eq!(arena.alloc(64).unwrap(), None);
+    }
+
+    #[test]
+    fn a_granule_is_given_back_when_all_its_frames_are_free_and_taken_again() {
+        let arena = Arena::new(64 * PAGE_SIZE).unwrap();
+        let mut taken = Vec::new();
+        while let Some(run) = arena.alloc(64).unwrap() {
+            taken.extend(run.frames());
+        }
+        assert_eq!(taken.len(), 64);
+        assert!(arena.charge(1).is_none() && !arena.retire(Frame(20)));
+        for frame in [20, 21, 23, 40] {
+            arena.free(Frame(frame));
+        }
+        let (granule, free) = arena.emptiest().unwrap();
+        assert_eq!((granule.start, granule.len, free), (Frame(20), 4, 3));
+        assert!(!arena.retire(Frame(20)) && !arena.fixed_stopped());
+        arena.free(Frame(22));
+        arena.write_frame(Frame(22), 0, b"old");
+        assert!(arena.retire(Frame(22)) && arena.fixed_stopped());
+        assert_eq!((arena.populated(), arena.frames_available()), (60, 5));
+        let charge = arena.charge(4).unwrap();
+        assert_eq!(arena.alloc(64).unwrap().unwrap().start, Frame(40));
+        assert_eq!(arena.alloc(64).unwrap(), None);
+        drop(charge);
+        let run = arena.alloc(64).unwrap().unwrap();
+        assert_eq!((run.start, run.len), (Frame(20), 4));
+        let mut bytes = [1; 3];
+        arena.read_frame(Frame(22), 0, &mut bytes);
+        assert_eq!(bytes, [0; 3], "the memory was given back");
     }
 
     #[test]

@@ -207,6 +207,11 @@ impl Flight {
         }
     }
 
+    /// Counts the pieces that name a fixed buffer.
+    pub fn fixed_pieces(&self) -> usize {
+        self.pieces.iter().filter(|p| p.buffer.is_some()).count()
+    }
+
     /// Returns the outcome: the bytes up to the first piece that stopped or met the end of the file.
     pub fn outcome(&self) -> Progress<Errno> {
         let mut done = 0;

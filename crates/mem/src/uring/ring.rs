@@ -136,6 +136,8 @@ struct Ring {
     /// Pieces (flight, piece) to submit, continuations in front.
     ready: VecDeque<(u32, u32)>,
     in_flight: usize,
+    /// Pieces that name a fixed buffer, of requests that have not ended.
+    fixed_left: usize,
     /// The wake-up read is with the kernel.
     armed: bool,
     wake_value: Box<u64>,
@@ -157,6 +159,7 @@ impl Ring {
             free: Vec::new(),
             ready: VecDeque::new(),
             in_flight: 0,
+            fixed_left: 0,
             armed: false,
             wake_value: Box::new(0),
         }
@@ -204,9 +207,13 @@ impl Ring {
         if !taken.is_empty() {
             self.buffers.follow(&self.uring, &self.shared);
         }
+        if self.fixed_left == 0 {
+            self.buffers.release_stopped(&self.uring);
+        }
         for request in taken {
             let flight = Box::new(Flight::new(request, self.buffers.registered));
             let pieces = flight.pieces.len() as u32;
+            self.fixed_left += flight.fixed_pieces();
             let number = match self.free.pop() {
                 Some(number) => {
                     self.flights[number as usize] = Some(flight);
@@ -284,6 +291,7 @@ impl Ring {
                 Verdict::Ended => {
                     flight.left -= 1;
                     if flight.left == 0 {
+                        self.fixed_left -= flight.fixed_pieces();
                         ended.extend(slot.take());
                         self.free.push(number);
                     }
@@ -362,11 +370,16 @@ impl Buffers {
         }
     }
 
-    /// Registers chunks that have become ready since.
+    /// Registers chunks that have become ready since; cuts no more requests into fixed pieces once the arena has
+    /// stopped that.
     fn follow(&mut self, uring: &IoUring, shared: &Shared) {
         let Some(arena) = &self.arena else {
             return;
         };
+        if arena.fixed_stopped() {
+            self.registered = Registered::NONE;
+            return;
+        }
         while !self.full && self.chunks < arena.chunks_ready() {
             let start = self.chunks * arena.chunk_bytes();
             let len = arena.chunk_bytes().min(arena.bytes() - start);
@@ -377,8 +390,8 @@ impl Buffers {
             // The table has an entry for every chunk, at most 16384.
             let at = self.chunks as u32;
             let submitter = uring.submitter();
-            // SAFETY: the chunk is populated and stays mapped and is never punched while the arena lives, which `self`
-            // holds until the ring is gone.
+            // SAFETY: the chunk is populated and stays mapped and is not given back before `fixed_stopped`, after which no
+            // request names it; the arena lives, which `self` holds until then or until the ring is gone.
             if unsafe { submitter.register_buffers_update(at, &[chunk], None) }.is_err() {
                 // RLIMIT_MEMLOCK is used up: keep what is registered and ask no more.
                 self.full = true;
@@ -393,6 +406,21 @@ impl Buffers {
             shared
                 .fixed_chunks
                 .fetch_max(self.chunks, Ordering::Relaxed);
+        }
+    }
+
+    /// Unregisters everything once the arena has stopped fixed buffers: they hold pages that it may have given back.
+    /// Called while no request under way names one.
+    fn release_stopped(&mut self, uring: &IoUring) {
+        if self
+            .arena
+            .as_ref()
+            .is_some_and(|arena| arena.fixed_stopped())
+        {
+            self.registered = Registered::NONE;
+            // Refused only where there are none; then there is nothing to give back.
+            let _ = uring.submitter().unregister_buffers();
+            self.arena = None;
         }
     }
 }

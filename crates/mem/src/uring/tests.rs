@@ -368,6 +368,35 @@ fn arena_frames_are_transferred_through_fixed_buffers_across_chunks() {
 }
 
 #[test]
+fn memory_that_was_given_back_is_not_read_into_as_a_fixed_buffer() {
+    let arena = Arena::new(64 * PAGE as u64).unwrap();
+    let page_of = |frame| {
+        let mut segments = arena.segments();
+        arena.push_frame(&mut segments, frame, 0, PAGE);
+        segments
+    };
+    let frame = arena.alloc(1).unwrap().unwrap().start;
+    let data: Vec<u8> = (0..PAGE).map(pattern).collect();
+    page_of(frame).copy_from(0, &data);
+    let engine = start(Backend::Ring, Some(Arc::clone(&arena)));
+    let file = file(0);
+    let whole = Progress::complete(PAGE as u64);
+    assert_eq!(run(&engine, Op::Write, &file, 0, page_of(frame)), whole);
+    let fixed = engine.statistics().pieces_fixed;
+    arena.free(frame);
+    let (granule, _) = arena.emptiest().unwrap();
+    assert!(arena.retire(granule.start));
+    // All frames there are, the ones of the granule among them: its memory is new.
+    while let Some(frames) = arena.alloc(64).unwrap() {
+        for frame in frames.frames() {
+            assert_eq!(run(&engine, Op::Read, &file, 0, page_of(frame)), whole);
+            assert!(page_of(frame).to_vec() == data, "{frame:?}");
+        }
+    }
+    assert_eq!(engine.statistics().pieces_fixed, fixed);
+}
+
+#[test]
 fn many_threads_read_and_write_one_file_and_every_byte_is_right() {
     both(|backend| {
         let arena = Arena::new(8 << 20).unwrap();
