@@ -29,6 +29,7 @@ pub mod folio;
 pub mod gate;
 pub mod index;
 pub mod lease;
+pub mod map;
 pub mod policy;
 pub mod readahead;
 pub mod separation;
@@ -37,9 +38,8 @@ pub mod wait;
 pub mod writeback;
 
 use std::fmt;
-use std::ops::Range;
 
-use pinfold_base::{Errno, PageIndex};
+use pinfold_base::Errno;
 use pinfold_store::StoreError;
 
 pub use cache::{Cache, CacheConfig, CacheSnapshot, Census, MEMORY_MIN};
@@ -48,14 +48,9 @@ pub use file::{FilePages, Owner, Want};
 pub use folio::Folio;
 pub use gate::Gate;
 pub use lease::{Lease, PageRef};
+pub use map::{MapOutcome, MapTarget, ReverseMap};
 pub use readahead::ReadAhead;
 pub use writeback::{Mode, Pace};
-
-/// Told by the cache when pages must leave user mappings; implemented by `pinfold-fault`.
-pub trait ReverseMap: Send + Sync {
-    /// Takes all access away from user mappings of these pages.
-    fn unmap(&self, pages: Range<PageIndex>);
-}
 
 /// Why the cache could not do what it was asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
