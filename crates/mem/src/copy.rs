@@ -11,6 +11,9 @@
 //! these instructions by their addresses, so nested copies (a signal handler that copies, A-5) need no per-thread flag; the
 //! verdict travels in registers.
 //!
+//! The handler serves faults in mappings as well: SIGBUS at an address that [`crate::mapped`] knows goes to that mapping,
+//! and what it does not resolve goes to the handler that was there before ours.
+//!
 //! A thread that blocks SIGSEGV or SIGBUS is killed by the kernel at its first bad copy; a handler installed
 //! over ours must chain (call [`install`] again after installing one).
 
@@ -141,6 +144,17 @@ mod arch {
         unsafe { pinfold_copy_nofault_wide(to, from, n) }
     }
 
+    /// Tells what the interrupted instruction wanted: the processor's error code for the fault says.
+    pub(super) fn access(context: &libc::ucontext_t) -> super::Access {
+        /// Set for stores.
+        const WRITE: i64 = 1 << 1;
+        if context.uc_mcontext.gregs[libc::REG_ERR as usize] & WRITE != 0 {
+            super::Access::Write
+        } else {
+            super::Access::Read
+        }
+    }
+
     /// Looks whether the interrupted instruction is the copy; if so makes it go on bytewise or return with `addr`.
     pub(super) fn divert(context: &mut libc::ucontext_t, addr: usize) -> bool {
         let registers = &mut context.uc_mcontext.gregs;
@@ -217,6 +231,16 @@ mod arch {
     pub(super) unsafe fn copy_wide(to: *mut u8, from: *const u8, n: usize) -> super::Remainder {
         // SAFETY: the caller's promise is this routine's contract.
         unsafe { super::pinfold_copy_nofault(to, from, n) }
+    }
+
+    /// Tells what the interrupted instruction wanted: the syndrome record in the signal frame says.
+    pub(super) fn access(context: &libc::ucontext_t) -> super::Access {
+        /// Words of the records that end the machine context.
+        const RECORDS: usize = 4096 / size_of::<u32>();
+        let end = (&raw const context.uc_mcontext).wrapping_add(1);
+        let records = end.cast::<[u32; RECORDS]>().wrapping_sub(1);
+        // SAFETY: the machine context ends with 4096 bytes of records, aligned to 16.
+        super::syndrome_access(unsafe { &*records })
     }
 
     /// Looks whether the interrupted instruction is the copy; if so makes it go on bytewise or return with `addr`.
@@ -332,42 +356,63 @@ static ENGINE: AtomicU8 = AtomicU8::new(NOT_INSTALLED);
 const NOT_INSTALLED: u8 = 0;
 const BYTES: u8 = 1;
 const WIDE: u8 = 2;
-/// The actions that were in force before ours: [0] SIGSEGV, [1] SIGBUS. Leaked; written once before the handler
+/// How often a handler of ours can be put on top of one that was installed over it.
+const LEVELS_MAX: usize = 8;
+/// The actions that were in force before ours, by level: [0] SIGSEGV, [1] SIGBUS. Leaked; written once before the handler
 /// that reads them is installed.
-static PREVIOUS: [AtomicPtr<libc::sigaction>; 2] = [
-    AtomicPtr::new(std::ptr::null_mut()),
-    AtomicPtr::new(std::ptr::null_mut()),
+static PREVIOUS: [[AtomicPtr<libc::sigaction>; 2]; LEVELS_MAX] =
+    [const { [const { AtomicPtr::new(std::ptr::null_mut()) }; 2] }; LEVELS_MAX];
+/// Our handlers, one a level. Somebody who was installed over one of them hands faults down to that very one, and it goes on
+/// to what lay below it: were they one function, the two would call each other for ever.
+static ENTRIES: [extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void); LEVELS_MAX] = [
+    on_fault::<0>,
+    on_fault::<1>,
+    on_fault::<2>,
+    on_fault::<3>,
+    on_fault::<4>,
+    on_fault::<5>,
+    on_fault::<6>,
+    on_fault::<7>,
 ];
 const SIGNALS: [libc::c_int; 2] = [libc::SIGSEGV, libc::SIGBUS];
 
 /// Installs the fault handler, or puts it on top again after somebody installed another.
 ///
-/// Runs by itself before the first copy. Earlier handlers are chained to for every fault that is not a copy's.
+/// Runs by itself before the first copy. Earlier handlers are chained to for every fault that is neither a copy's nor
+/// one in a mapping. A program that installs a handler of its own later calls this again; it works a few times
+/// (`LEVELS_MAX`), after which the program's handler stays on top and has to hand down what is not its own.
 pub fn install() {
     static TURN: install_turn::SpinLock = install_turn::SpinLock::new();
     TURN.exclusively(|| {
-        for (signal, previous) in SIGNALS.iter().zip(&PREVIOUS) {
-            install_one(*signal, previous);
+        for (slot, signal) in SIGNALS.into_iter().enumerate() {
+            install_one(signal, slot);
         }
         let engine = if arch::has_wide() { WIDE } else { BYTES };
         ENGINE.store(engine, Ordering::Release);
     });
 }
 
-fn install_one(signal: libc::c_int, previous: &AtomicPtr<libc::sigaction>) {
+fn install_one(signal: libc::c_int, slot: usize) {
     // SAFETY: all-zero bytes are a valid sigaction (SIG_DFL, empty mask).
     let mut old: libc::sigaction = unsafe { std::mem::zeroed() };
     // SAFETY: a null new action only queries; `old` is a live sigaction.
     let queried = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut old) };
-    let ours = on_fault as *const () as usize;
-    if queried != 0 || old.sa_sigaction == ours {
+    if queried != 0
+        || ENTRIES
+            .iter()
+            .any(|&ours| old.sa_sigaction == ours as usize)
+    {
         return;
     }
+    let unused = |level: &usize| PREVIOUS[*level][slot].load(Ordering::Relaxed).is_null();
+    let Some(level) = (0..LEVELS_MAX).find(unused) else {
+        return;
+    };
     // Leaked on purpose: a handler on another thread may be reading it at any time.
-    previous.store(Box::into_raw(Box::new(old)), Ordering::Release);
+    PREVIOUS[level][slot].store(Box::into_raw(Box::new(old)), Ordering::Release);
     // SAFETY: as above.
     let mut new: libc::sigaction = unsafe { std::mem::zeroed() };
-    new.sa_sigaction = ours;
+    new.sa_sigaction = ENTRIES[level] as usize;
     // NODEFER: a chained handler may itself copy and fault. ONSTACK: stack overflows must still be reported.
     new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
     // Other signals wait: their frames would nest on the alternate stack, which with wide vector registers holds
@@ -403,8 +448,9 @@ mod install_turn {
     }
 }
 
-/// SIGSEGV and SIGBUS: diverts a faulting copy, hands everything else to whoever was there before.
-extern "C" fn on_fault(
+/// SIGSEGV and SIGBUS: diverts a faulting copy, has faults in mappings served, hands everything else to whoever was there
+/// before.
+extern "C" fn on_fault<const LEVEL: usize>(
     signal: libc::c_int,
     info: *mut libc::siginfo_t,
     context: *mut libc::c_void,
@@ -418,11 +464,58 @@ extern "C" fn on_fault(
     if arch::divert(interrupted, addr) {
         return;
     }
-    chain(signal, info, context);
+    // A signal that somebody sent (code 0 or below) has no address.
+    if signal == libc::SIGBUS
+        && told.si_code > 0
+        && crate::mapped::any()
+        && serve_mapped(addr, arch::access(interrupted))
+    {
+        return;
+    }
+    chain(LEVEL, signal, info, context);
 }
 
-fn chain(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
-    let previous = PREVIOUS[usize::from(signal == libc::SIGBUS)].load(Ordering::Acquire);
+/// Has a fault in a mapping served, as if nothing had happened to the thread; false when the program is to know.
+#[cold]
+fn serve_mapped(addr: usize, access: Access) -> bool {
+    // SAFETY: the address of this thread's errno.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: it stays valid as long as the thread lives.
+    let before = unsafe { errno.read() };
+    let verdict = crate::mapped::find(addr, |memory, _| memory.signal_fault(addr, access));
+    // SAFETY: as above.
+    unsafe { errno.write(before) };
+    verdict == Some(crate::mapped::SignalVerdict::Resolved)
+}
+
+/// Reads the records of an aarch64 signal frame: whether the fault was a store's. A store where nothing is said: whoever
+/// serves it then does more than enough, where too little would repeat for ever.
+#[cfg(any(target_arch = "aarch64", test))]
+fn syndrome_access(records: &[u32]) -> Access {
+    const ESR_MAGIC: u32 = 0x4553_5201;
+    /// "Write, not read" of a data abort.
+    const WNR: u32 = 1 << 6;
+    let mut at = 0;
+    while let Some([magic, bytes, rest @ ..]) = records.get(at..) {
+        match (*magic, rest) {
+            (ESR_MAGIC, [low, ..]) if low & WNR == 0 => return Access::Read,
+            (ESR_MAGIC | 0, _) => break,
+            _ => {}
+        }
+        // A record has at least its head: a smaller size is none, and the walk must end.
+        at += (*bytes as usize).max(8).div_ceil(4);
+    }
+    Access::Write
+}
+
+fn chain(
+    level: usize,
+    signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    context: *mut libc::c_void,
+) {
+    let slot = usize::from(signal == libc::SIGBUS);
+    let previous = PREVIOUS[level][slot].load(Ordering::Acquire);
     // SAFETY: either null or a leaked Box that is never freed or changed (`install_one`).
     let action = unsafe { previous.as_ref() };
     let handler = action.map_or(libc::SIG_DFL, |action| action.sa_sigaction);
@@ -585,6 +678,86 @@ mod tests {
             // SAFETY: faults on purpose: the page is inaccessible.
             unsafe { half.as_ptr().wrapping_add(4096).read_volatile() };
             // SAFETY: as above.
+            unsafe { libc::_exit(1) };
+        }
+        let mut status = 0;
+        // SAFETY: waits for our child.
+        unsafe { libc::waitpid(child, &raw mut status, 0) };
+        assert!(libc::WIFEXITED(status), "status {status:#x}");
+        assert_eq!(libc::WEXITSTATUS(status), 7);
+    }
+
+    #[test]
+    fn a_syndrome_record_says_load_or_store_and_a_missing_one_store() {
+        const ESR: u32 = 0x4553_5201;
+        let store = [0x46, 16, 0, 0, ESR, 16, 1 << 6, 0, 0, 0];
+        assert_eq!(syndrome_access(&store), Access::Write);
+        let load = [0x46, 16, 0, 0, ESR, 16, 0, 0, 0, 0];
+        assert_eq!(syndrome_access(&load), Access::Read);
+        for odd in [
+            &[][..],
+            &[0, 0],
+            &[5, 0, 5, 0],
+            &[ESR, 8],
+            &[5, u32::MAX, ESR, 8, 0, 0],
+        ] {
+            assert_eq!(syndrome_access(odd), Access::Write);
+        }
+    }
+
+    #[test]
+    fn a_handler_installed_over_ours_is_chained_to_and_may_chain_back() {
+        use std::sync::atomic::AtomicUsize;
+        static OURS: AtomicUsize = AtomicUsize::new(0);
+        static ASKED: AtomicUsize = AtomicUsize::new(0);
+        extern "C" fn theirs(
+            signal: libc::c_int,
+            info: *mut libc::siginfo_t,
+            context: *mut libc::c_void,
+        ) {
+            ASKED.fetch_add(1, Ordering::Relaxed);
+            // SAFETY: the address was taken from the action that was in force, an SA_SIGINFO handler.
+            let down = unsafe {
+                std::mem::transmute::<
+                    usize,
+                    extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void),
+                >(OURS.load(Ordering::Relaxed))
+            };
+            down(signal, info, context);
+        }
+        extern "C" fn first(_: libc::c_int) {
+            let once = ASKED.load(Ordering::Relaxed) == 1;
+            // SAFETY: ends the child without unwinding.
+            unsafe { libc::_exit(if once { 7 } else { 2 }) };
+        }
+        // SAFETY: the child calls async-signal-safe functions and `install`.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // SAFETY: all-zero is SIG_DFL with an empty mask.
+            let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+            // SAFETY: a handler of the right type; whatever was installed before goes.
+            unsafe { libc::signal(libc::SIGSEGV, first as *const () as usize) };
+            install();
+            action.sa_sigaction = theirs as *const () as usize;
+            action.sa_flags = libc::SA_SIGINFO;
+            // SAFETY: as for `action` above.
+            let mut below: libc::sigaction = unsafe { std::mem::zeroed() };
+            // SAFETY: both structures live.
+            unsafe { libc::sigaction(libc::SIGSEGV, &raw const action, &raw mut below) };
+            OURS.store(below.sa_sigaction, Ordering::Relaxed);
+            install();
+            let half = Half::new();
+            let mut sink = [0u8; 8];
+            let bad = half.as_ptr().wrapping_add(4096);
+            // SAFETY: diverted.
+            let copied = unsafe { copy_nofault(sink.as_mut_ptr(), bad, 8) };
+            if copied.done != 0 || ASKED.load(Ordering::Relaxed) != 0 {
+                // SAFETY: ends the child: the handler on top did not keep a copy's fault to itself.
+                unsafe { libc::_exit(3) };
+            }
+            // SAFETY: faults on purpose; down through `theirs`, ours below it, to `first`.
+            unsafe { bad.read_volatile() };
+            // SAFETY: ends the child.
             unsafe { libc::_exit(1) };
         }
         let mut status = 0;

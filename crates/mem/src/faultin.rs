@@ -1,5 +1,8 @@
 //! Bringing user memory in, with nothing held.
 //!
+//! Memory of our own mappings is recognised by its address and brought in by a direct call, for reading or for writing;
+//! nothing is stored to it. Other memory is touched, or populated by the kernel.
+//!
 //! These run only after a copy came to nothing; [`calls`] counts them, and in the ordinary case it stays zero.
 //! None of them promises residency afterwards, so every loop around them is bounded by its caller.
 
@@ -7,8 +10,9 @@ use pinfold_base::counters::Counter;
 use pinfold_base::rank::rule_zero;
 use rustix::mm::{Advice, madvise};
 
-use crate::copy::copy_nofault;
+use crate::copy::{Access, copy_nofault};
 use crate::iov::{Direction, IovCursor};
+use crate::mapped;
 use crate::span::RawSpan;
 
 const PAGE: usize = 4096;
@@ -27,7 +31,7 @@ pub fn calls() -> u64 {
 /// first that fails. A range that wraps past the end of the address space is accessible up to there only.
 #[must_use]
 pub fn fault_in_readable(span: RawSpan) -> usize {
-    walk(span, |addr| {
+    walk(span, Access::Read, |addr| {
         let mut byte = 0u8;
         // SAFETY: reads one byte of memory the caller named as his buffer, into a local.
         let probe =
@@ -41,7 +45,7 @@ pub fn fault_in_readable(span: RawSpan) -> usize {
 /// Destroys data: for memory whose contents nobody needs.
 #[must_use]
 pub fn fault_in_writeable(span: RawSpan) -> usize {
-    walk(span, |addr| {
+    walk(span, Access::Write, |addr| {
         // SAFETY: the caller gave this memory away to be overwritten.
         let probe = unsafe {
             copy_nofault(
@@ -59,7 +63,7 @@ pub fn fault_in_writeable(span: RawSpan) -> usize {
 /// Safe on memory that others change at the same time.
 #[must_use]
 pub fn fault_in_safe_writeable(span: RawSpan) -> usize {
-    walk(span, |addr| {
+    walk(span, Access::Write, |addr| {
         let page = std::ptr::with_exposed_provenance_mut(addr & !(PAGE - 1));
         // SAFETY: MADV_POPULATE_WRITE prefaults the page and changes no contents.
         unsafe { madvise(page, PAGE, Advice::LinuxPopulateWrite) }.is_ok()
@@ -67,7 +71,9 @@ pub fn fault_in_safe_writeable(span: RawSpan) -> usize {
 }
 
 /// Visits the first byte and then each page start until `probe` fails; returns what is left then.
-fn walk(span: RawSpan, probe: impl Fn(usize) -> bool) -> usize {
+///
+/// Mapped memory is not probed: its mapping does what a fault would, without one.
+fn walk(span: RawSpan, access: Access, probe: impl Fn(usize) -> bool) -> usize {
     rule_zero("fault-in");
     CALLS.bump();
     let mut at = 0;
@@ -75,12 +81,28 @@ fn walk(span: RawSpan, probe: impl Fn(usize) -> bool) -> usize {
         let Some(addr) = span.addr.checked_add(at) else {
             return span.len - at;
         };
+        if let Some((part, short)) = fault_in_mapped(addr, span.len - at, access) {
+            at += part - short;
+            if short > 0 {
+                return span.len - at;
+            }
+            continue;
+        }
         if !probe(addr) {
             return span.len - at;
         }
         at += PAGE - addr % PAGE;
     }
     0
+}
+
+/// Brings in what a mapping has of `len` bytes at `addr`: that many bytes, and how many of them were not made accessible.
+/// `None` when the address is no mapping's.
+fn fault_in_mapped(addr: usize, len: usize, access: Access) -> Option<(usize, usize)> {
+    mapped::find(addr, |memory, range| {
+        let part = len.min(range.end - addr);
+        (part, memory.fault_in(addr, part, access).min(part))
+    })
 }
 
 /// Brings in the next `bytes` of a cursor for its direction; returns the bytes NOT made accessible.

@@ -9,7 +9,8 @@ use std::marker::PhantomData;
 use pinfold_base::Progress;
 use smallvec::SmallVec;
 
-use crate::copy::{CopyStop, copy_nofault};
+use crate::copy::{Access, CopyStop, copy_nofault};
+use crate::mapped::{self, Extent, Lent};
 use crate::span::RawSpan;
 
 /// Which way the bytes go, seen from the caller's memory.
@@ -254,7 +255,8 @@ impl<'a> IovCursor<'a> {
     }
 
     /// Copies up to `bytes` between the cursor and library memory at `memory`, in the cursor's direction, without
-    /// resolving faults; advances by exactly what was moved.
+    /// resolving faults; advances by exactly what was moved. Parts of the cursor that lie in mappings of ours are copied
+    /// without being touched.
     ///
     /// # Safety
     /// `memory .. memory + bytes` is mapped, resident library memory that may be accessed that way now, and no Rust
@@ -271,9 +273,25 @@ impl<'a> IovCursor<'a> {
                 self.offset = 0;
                 continue;
             }
-            let user =
-                std::ptr::with_exposed_provenance_mut::<u8>(span.addr.wrapping_add(self.offset));
+            let user = span.addr.wrapping_add(self.offset);
             let ours = memory.wrapping_add(done);
+            let mut n = n;
+            if mapped::any() {
+                match mapped::extent(user, n) {
+                    Extent::Plain(plain) => n = plain,
+                    Extent::Mapped(part) => {
+                        // SAFETY: the caller vouches for `memory`, of which this is a part.
+                        let part = unsafe { self.copy_mapped(user, ours, part) };
+                        self.advance(part.done as usize);
+                        done += part.done as usize;
+                        if let Some(stop) = part.stop {
+                            return Progress::stopped(done as u64, stop);
+                        }
+                        continue;
+                    }
+                }
+            }
+            let user = std::ptr::with_exposed_provenance_mut::<u8>(user);
             let part = match self.direction {
                 // SAFETY: the caller vouches for `memory`; the cursor's maker for the user's side.
                 Direction::Source => unsafe { copy_nofault(ours, user, n) },
@@ -289,6 +307,46 @@ impl<'a> IovCursor<'a> {
             }
         }
         Progress::complete(done as u64)
+    }
+
+    /// Copies up to `n` bytes between mapped memory at `user` and library memory, through the library's own address of the
+    /// former: touching it could need us to be resolved. May come to less without a stop.
+    ///
+    /// # Safety
+    /// As [`IovCursor::copy_nofault`], for `ours .. ours + n`.
+    #[cold]
+    unsafe fn copy_mapped(&self, user: usize, ours: *mut u8, n: usize) -> Progress<CopyStop> {
+        let access = match self.direction {
+            Direction::Source => Access::Read,
+            Direction::Target => Access::Write,
+        };
+        let mut done = 0;
+        let lent = mapped::find(user, |memory, range| {
+            let n = n.min(range.end - user);
+            memory.with_lent(user, n, access, &mut |lent, len| {
+                let len = len.min(n - done);
+                let ours = ours.wrapping_add(done);
+                let part = match self.direction {
+                    // SAFETY: the caller vouches for `ours`, the mapping for what it lends.
+                    Direction::Source => unsafe { copy_nofault(ours, lent, len) },
+                    // SAFETY: as above, the other way.
+                    Direction::Target => unsafe { copy_nofault(lent, ours, len) },
+                };
+                // At most `len`, a usize.
+                done += part.done as usize;
+                part.done as usize
+            })
+        });
+        let done = done as u64;
+        match lent {
+            Some(Lent::Fatal) => Progress::stopped(done, CopyStop::Fatal { addr: user }),
+            Some(Lent::Done(_)) if done > 0 => Progress::complete(done),
+            // None: unmapped a moment ago. Fault-in finds out what is there now.
+            Some(Lent::Done(_) | Lent::NeedFault) | None => {
+                let addr = user.wrapping_add(done as usize);
+                Progress::stopped(done, CopyStop::NeedFault { addr, access })
+            }
+        }
     }
 
     /// Copies between the cursor and a slice of the library's own, like [`IovCursor::copy_nofault`].

@@ -86,6 +86,14 @@ impl IoSpan {
     }
 }
 
+/// A buffer lies, at least in part, in a mapping of ours: a transfer to it would need us to resolve its faults, or bypass
+/// the protection that tells us of stores (SEMANTICS.md section 0, fact 5). Transfer to other memory and copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OwnMapping {
+    /// The first such part of the buffer.
+    pub span: RawSpan,
+}
+
 /// Spans in file order for one transfer, with what keeps their memory alive.
 #[derive(Clone)]
 pub struct Segments {
@@ -148,7 +156,13 @@ impl Segments {
     /// Returns only when every copy of the list is gone, that is, when every transfer over it has ended: the caller's
     /// borrow covers all accesses. The addresses need not be mapped; the kernel answers `EFAULT`. Only the kernel may
     /// access them.
-    pub fn lend_user<R>(cursor: &crate::iov::IovCursor<'_>, work: impl FnOnce(&Self) -> R) -> R {
+    ///
+    /// # Errors
+    /// [`OwnMapping`]: `work` was not run.
+    pub fn lend_user<R>(
+        cursor: &crate::iov::IovCursor<'_>,
+        work: impl FnOnce(&Self) -> R,
+    ) -> Result<R, OwnMapping> {
         /// Waits on every way out, panics included.
         struct Borrow(Segments);
         impl Drop for Borrow {
@@ -159,6 +173,12 @@ impl Segments {
                 }
             }
         }
+        if let Some(span) = cursor
+            .spans_ahead()
+            .find(|span| crate::mapped::touches(span.addr, span.len))
+        {
+            return Err(OwnMapping { span });
+        }
         let mut lent = Borrow(Self::new(Arc::new(())));
         for span in cursor.spans_ahead() {
             let addr = std::ptr::with_exposed_provenance_mut(span.addr);
@@ -166,7 +186,7 @@ impl Segments {
             // accessed by the kernel alone, which copes with bad addresses.
             unsafe { lent.0.push_raw(addr, span.len) };
         }
-        work(&lent.0)
+        Ok(work(&lent.0))
     }
 
     /// Returns the spans in file order.

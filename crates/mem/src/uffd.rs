@@ -12,6 +12,8 @@
 //! SEMANTICS.md section 0.
 
 mod scan;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -480,7 +482,7 @@ impl Uffd {
         unsafe { ioctl(&self.fd, request) }.map_err(errno)
     }
 
-    /// Makes pages that are not mapped answer SIGBUS, waiters included, until the mapping's page tables are dropped there.
+    /// Makes pages that are not mapped answer SIGBUS, waiters included, until they are installed or their entries dropped.
     ///
     /// # Errors
     /// `EEXIST` for a page that is mapped, `EOPNOTSUPP` where [`Uffd::can_poison`] says no.

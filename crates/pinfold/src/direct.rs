@@ -252,7 +252,10 @@ fn transfer(
     cursor: &IovCursor<'_>,
     submit: impl Fn(&Segments) -> Progress<StoreError>,
 ) -> Progress<Stop> {
-    let moved = Segments::lend_user(cursor, submit);
+    let Ok(moved) = Segments::lend_user(cursor, submit) else {
+        // A mapping's memory: as if it were not resident, which leads to the bounce buffer.
+        return Progress::stopped(0, Stop::BadBuffer);
+    };
     moved.map_stop(|error| {
         if error.errno == Errno::EFAULT {
             Stop::BadBuffer

@@ -1,7 +1,16 @@
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use pinfold_base::Progress;
+
 use super::*;
+use crate::copy::CopyStop;
+use crate::faultin;
+use crate::iov::{Direction, IovCursor};
+use crate::quiet::Quiet;
+use crate::span::{OwnMapping, RawSpan, Segments};
+use crate::uffd::{self, ScanFor};
+use crate::window::{UserMap, UserMapKind, Window};
 
 /// Serves no fault and counts its fault-ins; an answer for look-ups to find.
 struct Answer(usize);
@@ -158,4 +167,275 @@ fn look_ups_race_with_changes_and_never_see_a_stranger() {
         }
         stop.store(true, Ordering::Relaxed);
     });
+}
+
+/// A window's pages, lent through its alias where they are valid; nothing is ever mapped for the program, so whoever touches
+/// an address instead of asking is caught.
+struct Lender {
+    window: Arc<Window>,
+    map: UserMap,
+    valid: Mutex<[bool; 4]>,
+    /// Largest part lent at a time.
+    part: usize,
+    faulted_in: Mutex<Vec<(usize, usize, Access)>>,
+}
+
+const P: usize = 4096;
+
+impl Lender {
+    fn new(kind: UserMapKind) -> Arc<Self> {
+        let window = Window::new().unwrap();
+        let map = window.user_map(0..4, kind).unwrap();
+        for (page, letter) in (0..4).zip(b'a'..) {
+            window.write_page(page, 0, &[letter; P]);
+        }
+        Arc::new(Self {
+            window,
+            map,
+            valid: Mutex::new([true, true, false, false]),
+            part: P,
+            faulted_in: Mutex::new(Vec::new()),
+        })
+    }
+
+    fn enter(self: &Arc<Self>) -> Registration {
+        let addr = self.map.addr();
+        insert(
+            addr..addr + 4 * P,
+            Arc::clone(self) as Arc<dyn MappedMemory>,
+        )
+        .unwrap()
+    }
+
+    fn span(&self, at: usize, len: usize) -> RawSpan {
+        let addr = self.map.addr() + at;
+        RawSpan { addr, len }
+    }
+
+    fn untouched(&self) -> bool {
+        let addr = self.map.addr();
+        let mut touched = 0;
+        uffd::scan(addr..addr + 4 * P, ScanFor::Present, |_| touched += 1).unwrap();
+        touched == 0
+    }
+}
+
+impl MappedMemory for Lender {
+    fn signal_fault(&self, _: usize, _: Access) -> SignalVerdict {
+        SignalVerdict::NotOurs
+    }
+
+    fn with_lent(
+        &self,
+        addr: usize,
+        len: usize,
+        access: Access,
+        copy: &mut dyn FnMut(*mut u8, usize) -> usize,
+    ) -> Lent {
+        if access == Access::Write && self.map.kind() == UserMapKind::SharedRead {
+            return Lent::Fatal;
+        }
+        let mut done = 0;
+        while done < len {
+            let at = addr + done - self.map.addr();
+            if !self.valid.lock().unwrap()[at / P] {
+                break;
+            }
+            let n = (P - at % P).min(len - done).min(self.part);
+            let ours = self.window.alias((at / P) as u64).wrapping_add(at % P);
+            let moved = copy(ours, n);
+            done += moved;
+            if moved < n {
+                break;
+            }
+        }
+        if done > 0 {
+            Lent::Done(done)
+        } else {
+            Lent::NeedFault
+        }
+    }
+
+    fn fault_in(&self, addr: usize, len: usize, access: Access) -> usize {
+        let at = addr - self.map.addr();
+        self.faulted_in.lock().unwrap().push((at, len, access));
+        let mut valid = self.valid.lock().unwrap();
+        // The last page cannot be had.
+        valid[at / P..((at + len).div_ceil(P)).min(3)].fill(true);
+        (at + len).saturating_sub((3 * P).max(at))
+    }
+}
+
+#[test]
+fn a_copy_goes_through_the_library_s_own_address_and_across_borders() {
+    let lender = Lender::new(UserMapKind::SharedWrite);
+    let _table = lender.enter();
+    let plain = [b'.'; 10];
+    let plain_span = RawSpan {
+        addr: plain.as_ptr().expose_provenance(),
+        len: 10,
+    };
+    let spans = [plain_span, lender.span(P - 3, 6), plain_span];
+    // SAFETY: reads our bytes and mapped memory.
+    let mut cursor = unsafe { IovCursor::from_raw(Direction::Source, &spans) };
+    let mut out = [0; 26];
+    assert_eq!(cursor.copy_slice_nofault(&mut out), Progress::complete(26));
+    assert_eq!(&out, b"..........aaabbb..........");
+    let target = [lender.span(P - 2, 4)];
+    // SAFETY: writes mapped memory that nobody refers to.
+    let mut cursor = unsafe { IovCursor::from_raw(Direction::Target, &target) };
+    assert_eq!(cursor.copy_slice_nofault(&mut b"WXYZ".to_owned()).done, 4);
+    let mut seen = [0; 3];
+    lender.window.read_page(0, P - 3, &mut seen);
+    assert_eq!(&seen, b"aWX");
+    lender.window.read_page(1, 0, &mut seen);
+    assert_eq!(&seen, b"YZb");
+    assert!(lender.untouched());
+}
+
+#[test]
+fn a_page_that_is_not_there_stops_the_copy_at_its_first_byte_and_is_faulted_in_by_a_call() {
+    let lender = Lender::new(UserMapKind::SharedWrite);
+    let _table = lender.enter();
+    let spans = [lender.span(100, 4 * P - 100)];
+    // SAFETY: reads mapped memory.
+    let mut cursor = unsafe { IovCursor::from_raw(Direction::Source, &spans) };
+    let mut out = vec![0; 4 * P];
+    let stop = |page: usize| CopyStop::NeedFault {
+        addr: lender.map.addr() + page * P,
+        access: Access::Read,
+    };
+    let first = cursor.copy_slice_nofault(&mut out);
+    let good = (2 * P - 100) as u64;
+    assert_eq!(first, Progress::stopped(good, stop(2)));
+    assert_eq!(faultin::fault_in_cursor(&cursor, 2 * P), P);
+    assert_eq!(
+        cursor.copy_slice_nofault(&mut out),
+        Progress::stopped(P as u64, stop(3))
+    );
+    assert_eq!(out[..P], [b'c'; P]);
+    let asked = std::mem::take(&mut *lender.faulted_in.lock().unwrap());
+    assert_eq!(asked, [(2 * P, 2 * P, Access::Read)]);
+    // Both ways of making memory writeable ask for a store, and store nothing.
+    assert_eq!(faultin::fault_in_safe_writeable(lender.span(10, 10)), 0);
+    assert_eq!(faultin::fault_in_writeable(lender.span(10, 10)), 0);
+    let asked = std::mem::take(&mut *lender.faulted_in.lock().unwrap());
+    assert_eq!(asked, [(10, 10, Access::Write); 2]);
+    assert!(lender.untouched());
+}
+
+#[test]
+fn a_store_where_none_is_allowed_is_fatal() {
+    let lender = Lender::new(UserMapKind::SharedRead);
+    let _table = lender.enter();
+    let spans = [lender.span(5, 10)];
+    // SAFETY: mapped memory that nobody refers to.
+    let mut cursor = unsafe { IovCursor::from_raw(Direction::Target, &spans) };
+    let outcome = cursor.copy_slice_nofault(&mut [0; 10]);
+    let addr = spans[0].addr;
+    assert_eq!(outcome, Progress::stopped(0, CopyStop::Fatal { addr }));
+}
+
+#[test]
+fn fault_in_crosses_from_plain_memory_into_a_mapping_and_out_again() {
+    // A mapping between two pages of our own: reserve five pages and put the window's in the middle.
+    let region = crate::region::Region::pages(6).unwrap();
+    let at = region.iov(0..6 * P).spans()[0].addr;
+    let lender = Lender::new(UserMapKind::SharedWrite);
+    let _table = insert(
+        at + P..at + 5 * P,
+        Arc::new(Shifted(Arc::clone(&lender), at + P)) as Arc<dyn MappedMemory>,
+    )
+    .unwrap();
+    let whole = RawSpan {
+        addr: at,
+        len: 6 * P,
+    };
+    assert_eq!(faultin::fault_in_readable(whole), 2 * P);
+    let short = RawSpan {
+        addr: at,
+        len: 4 * P,
+    };
+    assert_eq!(faultin::fault_in_readable(short), 0);
+    // SAFETY: reads the region and mapped memory.
+    let mut cursor = unsafe { IovCursor::from_raw(Direction::Source, &[short]) };
+    let mut out = vec![9; 4 * P];
+    assert_eq!(
+        cursor.copy_slice_nofault(&mut out),
+        Progress::complete(4 * P as u64)
+    );
+    assert_eq!(
+        (out[0], out[P], out[2 * P], out[3 * P]),
+        (0, b'a', b'b', b'c')
+    );
+}
+
+/// A lender seen at another address.
+struct Shifted(Arc<Lender>, usize);
+
+impl MappedMemory for Shifted {
+    fn signal_fault(&self, _: usize, _: Access) -> SignalVerdict {
+        SignalVerdict::NotOurs
+    }
+
+    fn with_lent(
+        &self,
+        addr: usize,
+        len: usize,
+        access: Access,
+        copy: &mut dyn FnMut(*mut u8, usize) -> usize,
+    ) -> Lent {
+        let addr = addr - self.1 + self.0.map.addr();
+        self.0.with_lent(addr, len, access, copy)
+    }
+
+    fn fault_in(&self, addr: usize, len: usize, access: Access) -> usize {
+        self.0
+            .fault_in(addr - self.1 + self.0.map.addr(), len, access)
+    }
+}
+
+#[test]
+fn mapped_memory_is_not_lent_to_the_kernel() {
+    let lender = Lender::new(UserMapKind::SharedWrite);
+    let _table = lender.enter();
+    let plain = vec![0u8; P];
+    let plain_span = RawSpan {
+        addr: plain.as_ptr().expose_provenance(),
+        len: P,
+    };
+    let lent = |spans: &[RawSpan]| {
+        // SAFETY: nothing is read.
+        let cursor = unsafe { IovCursor::from_raw(Direction::Source, spans) };
+        Segments::lend_user(&cursor, Segments::bytes)
+    };
+    assert_eq!(lent(&[plain_span]), Ok(P));
+    let span = lender.span(4 * P - 1, 100);
+    assert_eq!(lent(&[plain_span, span]), Err(OwnMapping { span }));
+}
+
+#[test]
+fn a_thread_that_is_quiet_hears_of_signals_when_it_has_let_go() {
+    use crate::region::signal::{Handler, send_to_thread};
+    let handler = Handler::counting(libc::SIGUSR1).unwrap();
+    // SAFETY: no memory is involved.
+    let me = unsafe { libc::gettid() };
+    let _mapping = enter(6, 0x1000..0x2000, 1).unwrap();
+    {
+        let _outer = Quiet::enter();
+        {
+            let _inner = Quiet::enter();
+            send_to_thread(me, libc::SIGUSR1).unwrap();
+        }
+        assert_eq!(handler.received(), 0);
+    }
+    assert_eq!(handler.received(), 1);
+    // A copy's fault is not kept away.
+    let _quiet = Quiet::enter();
+    let half = crate::region_for_tests::Half::new();
+    let mut sink = [0u8; 8];
+    // SAFETY: the copy reports what it cannot read.
+    let copied =
+        unsafe { crate::copy::copy_nofault(sink.as_mut_ptr(), half.as_ptr().wrapping_add(P), 8) };
+    assert_eq!(copied.done, 0);
 }
