@@ -332,6 +332,11 @@ impl File {
             }
             lease.push(found, at, n as usize);
             pos += n;
+            if !pos.is_multiple_of(PAGE_SIZE) {
+                // The end, of the bytes or of the file. Were the file to grow now, this page would be lent twice,
+                // which is more than was reserved.
+                return None;
+            }
         }
         None
     }

@@ -5,10 +5,13 @@
 //! freed number), it is one that no store uses.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::RwLock;
 use pinfold::{Node, NodeId};
+
+use crate::growth::Growth;
 
 /// The number FUSE gives the mounted directory.
 pub(crate) const ROOT: u64 = 1;
@@ -40,6 +43,7 @@ struct Entry {
     cached: u64,
     /// Whether the kernel may have pages of it at all.
     paged: AtomicBool,
+    growth: Arc<Growth>,
 }
 
 impl Inodes {
@@ -91,6 +95,7 @@ impl Inodes {
                 lookups: 1,
                 cached: NO_VERSION,
                 paged: AtomicBool::new(false),
+                growth: Arc::default(),
             },
         );
         number
@@ -115,6 +120,13 @@ impl Inodes {
         };
         // The last reference to a node may give up pages and descriptors: not under the lock.
         drop(gone);
+    }
+
+    /// Returns how far the kernel knows the file's size.
+    pub(crate) fn growth(&self, number: u64) -> Option<Arc<Growth>> {
+        let known = self.known.read();
+        let entry = known.by_number.get(&number)?;
+        Some(Arc::clone(&entry.growth))
     }
 
     /// Notes that the kernel fills pages of the file.

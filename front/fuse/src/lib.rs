@@ -5,7 +5,8 @@
 //!
 //! *Does not own*: names, data, caching, rights: the volume's, and the kernel's (`default_permissions`).
 //!
-//! *Locking*: tables of inodes and handles, never held across a call into the volume.
+//! *Locking*: tables of inodes and handles, never held across a call into the volume. Threads that serve requests wait
+//! for the volume only; what waits for the kernel does so on threads of its own (`invalidator`, `growth`).
 //!
 //! What the kernel caches and why is docs/decisions/0003-fuse-kernel-cache.md. In short: ordinary opens go through the
 //! kernel's page cache, written through, so that mappings and reads agree and an error comes from the write it belongs
@@ -17,6 +18,7 @@
 //! own, among all processes that use the mount.
 
 mod attributes;
+mod growth;
 mod inodes;
 mod invalidator;
 mod mount;

@@ -17,6 +17,7 @@ use pinfold::Node;
 use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 
+use crate::growth::Settler;
 use crate::invalidator::Invalidator;
 use crate::reply::Device;
 use crate::server::Server;
@@ -113,7 +114,13 @@ pub fn mount(
     let privileged = rustix::process::geteuid().is_root();
     let device = Arc::new(Device::default());
     let invalidator = Arc::new(Invalidator::default());
-    let server = Server::new(root, Arc::clone(&device), Arc::clone(&invalidator));
+    let settler = Arc::new(Settler::default());
+    let server = Server::new(
+        root,
+        Arc::clone(&device),
+        Arc::clone(&invalidator),
+        Arc::clone(&settler),
+    );
     let allow_other = options.allow_other.unwrap_or(privileged);
     let mut config = Config::default();
     config.acl = if allow_other {
@@ -133,10 +140,12 @@ pub fn mount(
     };
     let reply_fd = session.as_fd().try_clone_to_owned();
     device.set(reply_fd.map_err(MountError::Handshake)?);
-    let started = invalidator.start(session.notifier());
-    started.map_err(MountError::NoThread)?;
-    // The server's is the only one left: its thread ends with it.
-    drop(invalidator);
+    invalidator
+        .start(session.notifier())
+        .and_then(|()| settler.start(session.notifier()))
+        .map_err(MountError::NoThread)?;
+    // The server's are the only ones left: their threads end with it.
+    drop((invalidator, settler));
     let serving = std::thread::Builder::new()
         .name("pinfold-fuse".into())
         .spawn(move || {

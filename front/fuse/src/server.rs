@@ -8,9 +8,10 @@ use fuser::{
     Errno, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, ReplyData, ReplyDirectoryPlus,
     ReplyEmpty, ReplyEntry, ReplyXattr, Request,
 };
-use pinfold::{AllocateMode, Caller, Metadata, Node, OpenOptions, Owner, SetAttributes};
+use pinfold::{AllocateMode, Caller, File, Metadata, Node, OpenOptions, Owner, SetAttributes};
 
 use crate::attributes::{PERMISSIONS, VALID, errno, file_attr};
+use crate::growth::Settler;
 use crate::inodes::{Inodes, ROOT};
 use crate::invalidator::Invalidator;
 use crate::opens::{Directories, Files, OpenFile};
@@ -65,6 +66,7 @@ pub(crate) struct Server {
     directories: Directories,
     device: Arc<Device>,
     invalidator: Arc<Invalidator>,
+    settler: Arc<Settler>,
 }
 
 fn refused(error: pinfold::Error) -> Errno {
@@ -93,13 +95,19 @@ fn with_aligned<T>(len: usize, work: impl FnOnce(&mut [u8]) -> T) -> T {
 }
 
 impl Server {
-    pub(crate) fn new(root: Node, device: Arc<Device>, invalidator: Arc<Invalidator>) -> Self {
+    pub(crate) fn new(
+        root: Node,
+        device: Arc<Device>,
+        invalidator: Arc<Invalidator>,
+        settler: Arc<Settler>,
+    ) -> Self {
         Self {
             inodes: Inodes::new(root),
             files: Files::default(),
             directories: Directories::default(),
             device,
             invalidator,
+            settler,
         }
     }
 
@@ -109,6 +117,24 @@ impl Server {
 
     fn file(&self, handle: FileHandle) -> Answer<Arc<OpenFile>> {
         self.files.get(handle.0).ok_or(Errno::EBADF)
+    }
+
+    /// Carries out a request that may make a file grow from `len` bytes to `end`. `work` tells how far it reaches then.
+    fn growing<T, E>(
+        &self,
+        (request, number): (&Request, INodeNo),
+        (len, end): (u64, u64),
+        work: impl FnOnce() -> Result<T, E>,
+        reached: impl FnOnce(&T) -> u64,
+    ) -> Result<T, E> {
+        let growth = (end > len).then(|| self.inodes.growth(number.0)).flatten();
+        let Some(growth) = growth else {
+            return work();
+        };
+        growth.begin(request.pid(), len);
+        let outcome = work();
+        growth.end(outcome.as_ref().map_or(0, reached));
+        outcome
     }
 
     /// Tells the kernel of a node.
@@ -142,12 +168,33 @@ impl Server {
         let node = self.node(number)?;
         let mut rest = *set;
         if let Some(len) = set.len {
+            // It comes under the inode's lock: no call that grows the file is under way.
+            if let Some(growth) = self.inodes.growth(number.0) {
+                growth.settle();
+            }
             // Through the handle where there is one: it may be open for writing where the mode no longer allows it.
             let open = handle.and_then(|handle| self.files.get(handle.0));
-            if let Some(open) = open.filter(|open| open.file().access().write) {
-                open.file().set_len(len).map_err(refused)?;
-                rest.len = None;
-            }
+            let open = open.filter(|open| open.file().access().write);
+            let old = match &open {
+                _ if len == 0 => 0,
+                Some(open) => open.file().len(),
+                None => node.attributes().map_err(refused)?.len,
+            };
+            let resize = SetAttributes {
+                len: Some(len),
+                ..SetAttributes::default()
+            };
+            self.growing(
+                (request, number),
+                (old, len),
+                || match &open {
+                    Some(open) => open.file().set_len(len),
+                    None => node.set_attributes(&resize).map(drop),
+                },
+                |()| len,
+            )
+            .map_err(refused)?;
+            rest.len = None;
             self.drop_set_id_bits(request.uid(), &node);
         }
         node.set_attributes(&rest).map_err(refused)
@@ -226,14 +273,7 @@ impl Server {
         Ok(done)
     }
 
-    fn copy(
-        &self,
-        from: &OpenFile,
-        to: &OpenFile,
-        at: (u64, u64),
-        len: u64,
-    ) -> pinfold::Result<u32> {
-        let (from, to) = (from.way(false)?, to.way(false)?);
+    fn copy(&self, from: &File, to: &File, at: (u64, u64), len: u64) -> pinfold::Result<u32> {
         let len = len.min(COPY_MAX);
         let mut buf = vec![0; len.min(u64::from(TRANSFER_MAX)) as usize];
         let mut done = 0;

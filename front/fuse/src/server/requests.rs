@@ -11,7 +11,7 @@ use fuser::{
     ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
-use pinfold::{Kind, Seek, SetAttributes, SetXattr};
+use pinfold::{AllocateMode, Kind, Seek, SetAttributes, SetXattr};
 
 use super::{
     BACKGROUND_MAX, Server, TRANSFER_MAX, WANTED, allocate_mode, answer_empty, answer_xattr, owner,
@@ -20,6 +20,7 @@ use super::{
 use crate::attributes::{
     PERMISSIONS, VALID, absent, decode_device, file_attr, file_type, kind_of, set_time,
 };
+use crate::growth::Question;
 use crate::invalidator::Written;
 
 impl Filesystem for Server {
@@ -62,16 +63,28 @@ impl Filesystem for Server {
 
     fn getattr(
         &self,
-        _request: &Request,
+        request: &Request,
         number: INodeNo,
-        _handle: Option<FileHandle>,
+        handle: Option<FileHandle>,
         reply: ReplyAttr,
     ) {
         let node = self.node(number);
-        match node.and_then(|node| node.attributes().map_err(refused)) {
-            Ok(metadata) => reply.attr(&VALID, &file_attr(shown(number, &metadata), &metadata)),
-            Err(error) => reply.error(error),
+        let metadata = match node.and_then(|node| node.attributes().map_err(refused)) {
+            Ok(metadata) => metadata,
+            Err(error) => return reply.error(error),
+        };
+        let mut attr = file_attr(shown(number, &metadata), &metadata);
+        // With a handle the kernel asks for itself, perhaps holding the inode's lock, and shows nobody the answer.
+        // In this order: what begins to grow after the attributes were read is not in them.
+        if handle.is_none()
+            && let Some(growth) = self.inodes.growth(number.0)
+            && let Some(seen) = growth.unsettled(request.pid())
+        {
+            attr.size = attr.size.min(seen.len);
+            let question = Question::new(number, (growth, seen), attr, reply);
+            return self.settler.answer_settled(question);
         }
+        reply.attr(&VALID, &attr);
     }
 
     fn setattr(
@@ -298,7 +311,12 @@ impl Filesystem for Server {
         }
         let direct = past_pages && flags.0 & libc::O_DIRECT != 0;
         let outcome = self
-            .write_data(&open, offset, data, direct, write_back)
+            .growing(
+                (request, number),
+                (open.file().len(), offset + data.len() as u64),
+                || self.write_data(&open, offset, data, direct, write_back),
+                |&done| offset + done as u64,
+            )
             // At most TRANSFER_MAX.
             .map(|done| done as u32)
             .map_err(refused);
@@ -519,8 +537,8 @@ impl Filesystem for Server {
 
     fn fallocate(
         &self,
-        _request: &Request,
-        _number: INodeNo,
+        request: &Request,
+        number: INodeNo,
         handle: FileHandle,
         offset: u64,
         length: u64,
@@ -530,7 +548,17 @@ impl Filesystem for Server {
         let outcome = self.file(handle).and_then(|open| {
             let how = allocate_mode(mode).ok_or(Errno::EOPNOTSUPP)?;
             let end = offset.checked_add(length).ok_or(Errno::EFBIG)?;
-            open.file().allocate(how, offset..end).map_err(refused)
+            let reaches = match how {
+                AllocateMode::Extend | AllocateMode::ZeroExtend => end,
+                _ => 0,
+            };
+            self.growing(
+                (request, number),
+                (open.file().len(), reaches),
+                || open.file().allocate(how, offset..end),
+                |()| reaches,
+            )
+            .map_err(refused)
         });
         answer_empty(outcome, reply);
     }
@@ -565,11 +593,11 @@ impl Filesystem for Server {
 
     fn copy_file_range(
         &self,
-        _request: &Request,
+        request: &Request,
         _number_in: INodeNo,
         handle_in: FileHandle,
         offset_in: u64,
-        _number_out: INodeNo,
+        number_out: INodeNo,
         handle_out: FileHandle,
         offset_out: u64,
         len: u64,
@@ -578,8 +606,18 @@ impl Filesystem for Server {
     ) {
         let copied = self.file(handle_in).and_then(|from| {
             let to = self.file(handle_out)?;
-            self.copy(&from, &to, (offset_in, offset_out), len)
-                .map_err(refused)
+            let (from, to) = (
+                from.way(false).map_err(refused)?,
+                to.way(false).map_err(refused)?,
+            );
+            let end = offset_out.saturating_add(len);
+            self.growing(
+                (request, number_out),
+                (to.len(), end),
+                || self.copy(from, to, (offset_in, offset_out), len),
+                |&done| offset_out + u64::from(done),
+            )
+            .map_err(refused)
         });
         match copied {
             Ok(done) => reply.written(done),

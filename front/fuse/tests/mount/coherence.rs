@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::process::Command;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -203,6 +203,110 @@ fn a_file_larger_than_the_cache_comes_back_whole() {
     assert!(fs::read(&path).unwrap() == bytes);
     fixture.volume.sync().unwrap();
     assert!(fs::read(fixture.data.join("big")).unwrap() == bytes);
+}
+
+/// Bytes at which a growing file has grown enough.
+const GROWN_MAX: u64 = 256 << 20;
+
+/// The first kernel on which nothing in the protocol waits for a call that grows a file (docs/decisions/0003).
+const NO_WAITING_SINCE: (u32, u32) = (6, 19);
+
+fn kernel_can_be_waited_for() -> bool {
+    let name = rustix::system::uname();
+    let release = name.release().to_str().unwrap();
+    let mut numbers = release.split('.').map_while(|part| part.parse().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version >= NO_WAITING_SINCE {
+        println!("skipped: a size may be told a moment too early on {release}");
+    }
+    version < NO_WAITING_SINCE
+}
+
+/// Section J's T14 through the kernel: a size that was told can be read up to, and is no less than what was finished
+/// before it was asked for, while another thread grows the file by `piece` at a time, filling it with `byte`.
+fn told_sizes_hold(piece: u64, byte: u8, flags: i32, mut grow: impl FnMut(&fs::File, u64) + Send) {
+    let fixture = mounted_with(|builder| builder.memory(64 << 20));
+    let Some(fixture) = fixture.filter(|_| kernel_can_be_waited_for()) else {
+        return;
+    };
+    let path = fixture.mnt.join("log");
+    fs::write(&path, "").unwrap();
+    let (finished, ended) = (AtomicU64::new(0), AtomicBool::new(false));
+    let (path, finished, ended) = (&path, &finished, &ended);
+    let until = Instant::now() + Duration::from_secs(2);
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut options = fs::OpenOptions::new();
+            let file = options.write(true).custom_flags(flags).open(path).unwrap();
+            let mut len = 0;
+            while Instant::now() < until && len < GROWN_MAX {
+                grow(&file, len);
+                len += piece;
+                finished.store(len, Ordering::SeqCst);
+            }
+            ended.store(true, Ordering::SeqCst);
+        });
+        for _ in 0..2 {
+            scope.spawn(move || {
+                let file = fs::File::open(path).unwrap();
+                let mut tail = [0; 100];
+                while !ended.load(Ordering::SeqCst) {
+                    let least = finished.load(Ordering::SeqCst);
+                    let len = file.metadata().unwrap().len();
+                    assert!(len >= least, "{len} told after {least} had been reached");
+                    let want = len.min(tail.len() as u64);
+                    let got = file.read_at(&mut tail[..want as usize], len - want);
+                    assert_eq!(got.unwrap(), want as usize, "of a file of {len}");
+                    assert!(tail[..want as usize].iter().all(|&found| found == byte));
+                }
+            });
+        }
+    });
+    assert!(
+        finished.load(Ordering::SeqCst) > 10 * piece,
+        "it grew somewhat"
+    );
+}
+
+fn written_in_pieces_of(piece: usize) {
+    let bytes = vec![b'x'; piece];
+    told_sizes_hold(piece as u64, b'x', 0, |file, len| {
+        file.write_all_at(&bytes, len).unwrap();
+    });
+}
+
+#[test]
+fn t14_a_size_told_beside_small_writes_can_be_read() {
+    written_in_pieces_of(100);
+}
+
+/// Writes of several requests each: the kernel learns their size after the last.
+#[test]
+fn t14_a_size_told_beside_large_writes_can_be_read() {
+    written_in_pieces_of(3_000_000);
+}
+
+#[test]
+fn t14_a_size_told_beside_direct_writes_can_be_read() {
+    let mut buf = Vec::new();
+    let bytes = aligned(&mut buf, 3 << 20);
+    bytes.fill(b'x');
+    told_sizes_hold(3 << 20, b'x', libc::O_DIRECT, |file, len| {
+        file.write_all_at(bytes, len).unwrap();
+    });
+}
+
+#[test]
+fn t14_a_size_told_beside_ftruncate_can_be_read() {
+    told_sizes_hold(1000, 0, 0, |file, len| file.set_len(len + 1000).unwrap());
+}
+
+#[test]
+fn t14_a_size_told_beside_fallocate_can_be_read() {
+    use rustix::fs::{FallocateFlags, fallocate};
+    told_sizes_hold(4096, 0, 0, |file, len| {
+        fallocate(file, FallocateFlags::empty(), len, 4096).unwrap();
+    });
 }
 
 fn drop_kernel_cache(path: &std::path::Path) {

@@ -1,0 +1,325 @@
+//! Sizes of growing files: what a program may be told of a size that the kernel does not know yet.
+//!
+//! The kernel learns a file's new size when the call that grew it ends: a wake-up after our answer, or several requests
+//! later. Until then it cuts reads off at the old size and mappings fault there. Whoever asks for the size is shown
+//! what *we* answer, though, so a size told too early is one that cannot be read up to (SEMANTICS.md T14); and one held back
+//! too long is less than what a finished write covered.
+//!
+//! *Owns*: for each file the size as of the answered requests, and whether the kernel is known to have it; the threads
+//! that wait until it has.
+//!
+//! *Does not own*: sizes, which are the volume's.
+//!
+//! *Locking*: one mutex for each file, a leaf.
+//!
+//! ```text
+//!            a request begins to grow the file
+//!   settled ───────────────────────────────────▶ growing ──▶ answered ──▶ settled
+//!                                                   ▲           │
+//!                                                   └───────────┘ the next request
+//! ```
+//!
+//! Only *settled* sizes need no care. From *answered* to *settled* there is no message, but there are proofs, since the
+//! kernel holds the inode's lock for the length of a call that grows a file: a request of another thread that needs
+//! that lock, any question of the thread that grew it, or having had the lock ourselves.
+
+use std::ffi::OsStr;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use fuser::{FileAttr, INodeNo, Notifier, ReplyAttr};
+use parking_lot::{Condvar, Mutex};
+
+/// How long a question waits for the kernel to learn a size, before it is answered nevertheless.
+///
+/// Long against a call of some requests on a loaded machine; bearable for who lists a directory while one call writes
+/// gigabytes. It also ends the
+/// wait where somebody in the kernel asks while holding the inode's lock.
+const WAIT_MAX: Duration = Duration::from_secs(1);
+/// Questions that wait at once; more are answered right away.
+const WAITING_MAX: usize = 256;
+/// The number by which the kernel says that it cannot name a thread.
+const NO_THREAD: u32 = 0;
+/// A name that no directory has.
+const NO_NAME: &str = "/";
+/// How long the kernel may use a size that was held back: not at all.
+const NOT_AT_ALL: Duration = Duration::ZERO;
+
+/// How far the kernel knows the size of one file.
+#[derive(Debug, Default)]
+pub(crate) struct Growth(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    growing: Option<Growing>,
+    /// Counts requests for good, so that a proof about earlier ones is never taken for one about later ones.
+    requests: u64,
+}
+
+/// A size that the kernel may not know.
+#[derive(Debug)]
+struct Growing {
+    /// Bytes, as of the requests that have been answered.
+    answered: u64,
+    /// Requests that grow the file and have not been answered.
+    under_way: usize,
+    /// The thread that the last of them came from.
+    thread: u32,
+}
+
+/// The size that may be told of a file, once the kernel knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Unsettled {
+    /// Bytes.
+    pub(crate) len: u64,
+    requests: u64,
+}
+
+impl Growth {
+    /// Begins a request of `thread` that may grow the file beyond `len`, its size so far.
+    pub(crate) fn begin(&self, thread: u32, len: u64) {
+        let mut state = self.0.lock();
+        state.requests += 1;
+        let growing = state.growing.get_or_insert(Growing {
+            answered: len,
+            under_way: 0,
+            thread,
+        });
+        growing.under_way += 1;
+        growing.thread = thread;
+    }
+
+    /// Ends it; the file reaches to `end` at least. To be called before the answer, on which the asker may act at once.
+    pub(crate) fn end(&self, end: u64) {
+        if let Some(growing) = &mut self.0.lock().growing {
+            growing.answered = growing.answered.max(end);
+            growing.under_way = growing.under_way.saturating_sub(1);
+        }
+    }
+
+    /// Notes a request that the kernel makes under the inode's lock: all that grew the file has ended.
+    pub(crate) fn settle(&self) {
+        self.0.lock().growing = None;
+    }
+
+    /// Returns what may be told to `thread` once the kernel knows it; `None` if it knows the size.
+    pub(crate) fn unsettled(&self, thread: u32) -> Option<Unsettled> {
+        let mut state = self.0.lock();
+        let growing = state.growing.as_ref()?;
+        let own = growing.thread == thread && thread != NO_THREAD;
+        // A thread makes one call at a time: that it asks says that its last one has ended.
+        if own && growing.under_way == 0 {
+            state.growing = None;
+            return None;
+        }
+        Some(Unsettled {
+            len: growing.answered,
+            requests: state.requests,
+        })
+    }
+
+    /// Notes that the kernel has had the inode's lock free since `seen` was returned.
+    fn passed(&self, seen: Unsettled) {
+        let mut state = self.0.lock();
+        let answered = state.growing.as_ref().is_some_and(|g| g.under_way == 0);
+        if answered && state.requests == seen.requests {
+            state.growing = None;
+        }
+    }
+}
+
+/// A question for a file's attributes that waits for the kernel.
+#[derive(Debug)]
+pub(crate) struct Question {
+    number: INodeNo,
+    growth: Arc<Growth>,
+    seen: Unsettled,
+    attr: FileAttr,
+    asked: Instant,
+    /// Taken by whoever answers.
+    reply: Mutex<Option<ReplyAttr>>,
+    answered: Condvar,
+}
+
+impl Question {
+    /// A question for `attr`, whose size has been held back to that of `seen`.
+    pub(crate) fn new(
+        number: INodeNo,
+        (growth, seen): (Arc<Growth>, Unsettled),
+        attr: FileAttr,
+        reply: ReplyAttr,
+    ) -> Self {
+        Self {
+            number,
+            growth,
+            seen,
+            attr,
+            asked: Instant::now(),
+            reply: Mutex::new(Some(reply)),
+            answered: Condvar::new(),
+        }
+    }
+
+    fn is_answered(&self) -> bool {
+        self.reply.lock().is_none()
+    }
+
+    fn answer(&self) {
+        let reply = self.reply.lock().take();
+        if let Some(reply) = reply {
+            reply.attr(&NOT_AT_ALL, &self.attr);
+            self.answered.notify_all();
+        }
+    }
+
+    /// Waits until it is answered, at most [`WAIT_MAX`] from when it was asked.
+    fn wait(&self) {
+        let deadline = self.asked + WAIT_MAX;
+        let mut reply = self.reply.lock();
+        while reply.is_some() && !self.answered.wait_until(&mut reply, deadline).timed_out() {}
+    }
+}
+
+/// Answers questions for attributes when the kernel knows the size.
+///
+/// One thread waits for inodes' locks. Whoever holds one waits for threads that serve requests or for the one that
+/// invalidates; none of these waits for this. A second thread answers what has waited long enough.
+#[derive(Debug, Default)]
+pub(crate) struct Settler(OnceLock<Queues>);
+
+#[derive(Debug)]
+struct Queues {
+    unsettled: SyncSender<Arc<Question>>,
+    waiting: SyncSender<Arc<Question>>,
+}
+
+impl Settler {
+    /// Starts the threads; they end with this.
+    pub(crate) fn start(&self, notifier: Notifier) -> std::io::Result<()> {
+        let (unsettled, questions) = sync_channel(WAITING_MAX);
+        std::thread::Builder::new()
+            .name("pinfold-settle".into())
+            .spawn(move || settle(&notifier, &questions))?;
+        let (waiting, questions) = sync_channel(WAITING_MAX);
+        std::thread::Builder::new()
+            .name("pinfold-overdue".into())
+            .spawn(move || answer_overdue(&questions))?;
+        // Started once for each session.
+        let _ = self.0.set(Queues { unsettled, waiting });
+        Ok(())
+    }
+
+    /// Answers when the kernel knows the size, or after [`WAIT_MAX`].
+    pub(crate) fn answer_settled(&self, question: Question) {
+        let question = Arc::new(question);
+        // The watched queue first: what is only there is answered in time, what is only in the other might never be.
+        let queued = self.0.get().is_some_and(|queues| {
+            queues.waiting.try_send(Arc::clone(&question)).is_ok()
+                && queues.unsettled.try_send(Arc::clone(&question)).is_ok()
+        });
+        if !queued {
+            question.answer();
+        }
+    }
+}
+
+fn settle(notifier: &Notifier, questions: &Receiver<Arc<Question>>) {
+    for question in questions {
+        // One that waited too long has been answered; its lock may be held for as long again.
+        if question.is_answered() {
+            continue;
+        }
+        // Linux up to 6.18 takes the lock of the inode that is said to be a directory before it finds that it is none:
+        // all there is to wait for a call that holds the lock. Later kernels look first and say so at once; what
+        // remains there is the moment between our answer and the end of the call.
+        let outcome = notifier.inval_entry(question.number, OsStr::new(NO_NAME));
+        tracing::trace!(?outcome, number = question.number.0, "had the inode's lock");
+        question.growth.passed(question.seen);
+        question.answer();
+    }
+}
+
+fn answer_overdue(questions: &Receiver<Arc<Question>>) {
+    for question in questions {
+        question.wait();
+        question.answer();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: u32 = 101;
+    const OTHER: u32 = 102;
+
+    fn told(growth: &Growth, thread: u32) -> Option<u64> {
+        growth.unsettled(thread).map(|seen| seen.len)
+    }
+
+    #[test]
+    fn a_size_is_held_back_until_its_request_is_answered() {
+        let growth = Growth::default();
+        assert_eq!(told(&growth, OTHER), None);
+        growth.begin(ONE, 10);
+        assert_eq!(told(&growth, OTHER), Some(10));
+        assert_eq!(told(&growth, ONE), Some(10));
+        growth.end(30);
+        assert_eq!(told(&growth, OTHER), Some(30));
+        growth.begin(ONE, 30);
+        assert_eq!(
+            told(&growth, OTHER),
+            Some(30),
+            "the next request of the call"
+        );
+    }
+
+    #[test]
+    fn a_failed_request_takes_nothing_back() {
+        let growth = Growth::default();
+        growth.begin(ONE, 10);
+        growth.end(20);
+        growth.begin(ONE, 20);
+        growth.end(0);
+        assert_eq!(told(&growth, OTHER), Some(20));
+    }
+
+    #[test]
+    fn the_thread_that_grew_it_proves_that_its_call_has_ended() {
+        let growth = Growth::default();
+        growth.begin(ONE, 0);
+        growth.end(20);
+        assert_eq!(told(&growth, ONE), None);
+        assert_eq!(told(&growth, OTHER), None, "and that holds for others");
+    }
+
+    #[test]
+    fn a_thread_without_a_number_proves_nothing() {
+        let growth = Growth::default();
+        growth.begin(NO_THREAD, 0);
+        growth.end(20);
+        assert_eq!(told(&growth, NO_THREAD), Some(20));
+    }
+
+    #[test]
+    fn having_had_the_lock_proves_nothing_of_later_requests() {
+        let growth = Growth::default();
+        growth.begin(ONE, 0);
+        growth.end(20);
+        let seen = growth.unsettled(OTHER).unwrap();
+        growth.begin(ONE, 20);
+        growth.passed(seen);
+        assert_eq!(told(&growth, OTHER), Some(20), "one is under way");
+        growth.end(40);
+        growth.passed(seen);
+        assert_eq!(told(&growth, OTHER), Some(40), "it has ended since");
+        let seen = growth.unsettled(OTHER).unwrap();
+        growth.passed(seen);
+        assert_eq!(told(&growth, OTHER), None);
+        growth.begin(ONE, 40);
+        growth.end(60);
+        growth.passed(seen);
+        assert_eq!(told(&growth, OTHER), Some(60), "it was settled in between");
+    }
+}
