@@ -1,7 +1,8 @@
 //! User memory with holes, for tests and scenarios: the buffers that a careful program never passes.
 //!
 //! *Owns*: [`Region`] (mapped pages whose protection changes at will), [`UserIov`] (lists of its parts, wild addresses
-//! among them), the vectored system calls on such lists ([`read()`], [`write()`]), and the [signals](signal) that
+//! among them), the vectored system calls on such lists ([`read()`], [`write()`]), mapped files as buffers and as memory
+//! that is [touched](touch) ([`view`]), [transfers](transfer) that run by themselves, and the [signals](signal) that
 //! disturb a thread or count what the kernel sent it.
 //!
 //! *Does not own*: files; what a scenario makes of the results.
@@ -10,6 +11,9 @@
 //! the copy and never a crash.
 
 pub mod signal;
+pub mod touch;
+pub mod transfer;
+pub mod view;
 
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -194,7 +198,7 @@ impl Drop for Region {
 #[derive(Debug, Clone, Default)]
 pub struct UserIov<'r> {
     spans: SmallVec<[RawSpan; 4]>,
-    regions: PhantomData<&'r Region>,
+    regions: PhantomData<&'r ()>,
 }
 
 impl<'r> UserIov<'r> {
@@ -273,8 +277,8 @@ impl<'r> UserIov<'r> {
     /// Makes a cursor over the list, for the library's own calls.
     #[must_use]
     pub fn cursor(&self, direction: Direction) -> IovCursor<'_> {
-        // SAFETY: every span lies in a region, which is borrowed and never referenced into, or is empty, or lies in
-        // page zero where nothing is mapped (`and`, `and_empty_at`, `and_nowhere`).
+        // SAFETY: every span lies in a region or a view, which is borrowed and never referenced into, or is empty, or
+        // lies in page zero where nothing is mapped (`and`, `and_view`, `and_empty_at`, `and_nowhere`).
         unsafe { IovCursor::from_raw(direction, &self.spans) }
     }
 }

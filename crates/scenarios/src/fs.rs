@@ -6,8 +6,9 @@
 //!
 //! *Locking*: none of its own; every call may come from any thread.
 //!
-//! Mappings will join as one more method, `Handle::map(range, protection) -> Box<dyn Mapped>`: a mapped range is a
-//! source of [`UserIov`] like a region, so that no scenario changes when its buffer comes from a file.
+//! A mapped range ([`Mapped`]) is a source of [`UserIov`] like a region, so that a buffer may come from a file, even from
+//! the one that is read or written. What a back end does not offer it [refuses](Refusal) with a reason; a scenario that
+//! needs it is then skipped, never passed.
 
 pub mod kernel;
 pub mod mutant;
@@ -19,6 +20,8 @@ use std::time::Duration;
 
 use ::pinfold::Cancel;
 use pinfold_base::Errno;
+use pinfold_mem::Direction;
+use pinfold_mem::region::view::{Sharing, View};
 use pinfold_mem::region::{At, UserIov};
 use serde::{Deserialize, Serialize};
 
@@ -159,6 +162,30 @@ pub enum Allocate {
     Zero,
 }
 
+/// Why a back end does not do what it is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// It tried, and failed.
+    Failed(Errno),
+    /// It has no such call, or not yet: the reason, fit for "skipped".
+    Missing(&'static str),
+}
+
+impl From<Errno> for Refusal {
+    fn from(errno: Errno) -> Self {
+        Self::Failed(errno)
+    }
+}
+
+/// How often memory was pinned for transfers, and let go again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pins {
+    /// Pins taken.
+    pub acquired: u64,
+    /// Pins given back.
+    pub released: u64,
+}
+
 /// How the store under a file system behaves from now on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Weather {
@@ -203,6 +230,9 @@ pub trait Fs: Send + Sync + std::fmt::Debug {
 
     /// Tells whether [`How::cancel`] ends a call early.
     fn cancels(&self) -> bool;
+
+    /// Counts pins; `None` where nobody counts.
+    fn pins(&self) -> Option<Pins>;
 
     /// Makes a file system of the same kind over a store that fails or dawdles on demand.
     ///
@@ -275,6 +305,62 @@ pub trait Handle: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// Those of the write-back.
     fn drop_cache(&self) -> Result<(), Errno>;
+
+    /// Maps `range`, which starts at a page border, for loads and stores.
+    ///
+    /// # Errors
+    /// As mmap(2).
+    fn map(&self, range: Range<u64>, sharing: Sharing) -> Result<Box<dyn Mapped>, Refusal>;
+
+    /// Writes what is known of the extents into a buffer, in fiemap's records of
+    /// [`FIEMAP_RECORD`](pinfold_mem::region::transfer::FIEMAP_RECORD) bytes behind a head of
+    /// [`FIEMAP_HEAD`](pinfold_mem::region::transfer::FIEMAP_HEAD); returns how many there are.
+    ///
+    /// # Errors
+    /// As the ioctl FS_IOC_FIEMAP.
+    fn extents(&self, into: &UserIov<'_>) -> Result<usize, Refusal>;
+
+    /// Starts a transfer, runs `meanwhile` beside it, and returns what the transfer came to.
+    ///
+    /// # Errors
+    /// As [`Handle::read`] and [`Handle::write`].
+    fn transfer(
+        &self,
+        direction: Direction,
+        iov: &UserIov<'_>,
+        offset: u64,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<usize, Refusal>;
+}
+
+/// A mapped part of a file; unmapped when dropped.
+pub trait Mapped: Send + Sync + std::fmt::Debug {
+    /// Returns the mapped bytes.
+    fn view(&self) -> View<'_>;
+
+    /// Calls msync(2) with raw flags; the range may be unaligned, or leave the mapping.
+    ///
+    /// # Errors
+    /// As msync(2).
+    fn sync(&self, range: Range<usize>, flags: i32) -> Result<(), Refusal>;
+
+    /// Makes the next access to whole pages of `range` fault; of a private mapping, forgets its copies.
+    ///
+    /// # Errors
+    /// As madvise(2) with MADV_DONTNEED.
+    fn forget(&self, range: Range<usize>) -> Result<(), Refusal>;
+
+    /// Tells of each page of `range` whether it is in memory.
+    ///
+    /// # Errors
+    /// As mincore(2).
+    fn resident(&self, range: Range<usize>) -> Result<Vec<bool>, Refusal>;
+
+    /// Unmaps a part; afterwards only [`Mapped::sync`] may be called.
+    ///
+    /// # Errors
+    /// As munmap(2).
+    fn unmap(&mut self, range: Range<usize>) -> Result<(), Refusal>;
 }
 
 #[cfg(test)]

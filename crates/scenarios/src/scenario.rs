@@ -15,12 +15,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pinfold_base::Errno;
+use pinfold_mem::region::touch::Hit;
+use pinfold_mem::region::view::Sharing;
 use pinfold_mem::region::{At, Region};
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
 use serde::{Deserialize, Serialize};
 
-use crate::fs::{Fs, Handle, How, Kind, Open};
+use crate::fs::{Fs, Handle, How, Kind, Mapped, Open, Refusal};
 
 /// One row of SEMANTICS.md section J.
 #[derive(Debug)]
@@ -74,6 +76,26 @@ impl From<Errno> for Stop {
     fn from(errno: Errno) -> Self {
         let place = Location::caller();
         Self::Fail(format!("{errno:?} at {}:{}", place.file(), place.line()))
+    }
+}
+
+impl From<Refusal> for Stop {
+    #[track_caller]
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Failed(errno) => errno.into(),
+            Refusal::Missing(reason) => Self::Skip(reason.into()),
+        }
+    }
+}
+
+impl From<Hit> for Stop {
+    /// A signal where the scenario needs an access to succeed.
+    #[track_caller]
+    fn from(hit: Hit) -> Self {
+        let place = Location::caller();
+        let signal = if hit.is_bus() { "SIGBUS" } else { "SIGSEGV" };
+        Self::Fail(format!("{signal} at {}:{}", place.file(), place.line()))
     }
 }
 
@@ -309,6 +331,27 @@ impl<'a> Context<'a> {
             self.beat();
         }
         Ok(())
+    }
+
+    /// Maps bytes `range` of a file so that nothing of it is cached or mapped: the first access faults and is read from
+    /// the store.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub fn cold_map(&self, file: &dyn Handle, range: Range<u64>) -> Result<Box<dyn Mapped>, Stop> {
+        file.drop_cache()?;
+        Ok(file.map(range, Sharing::Shared)?)
+    }
+
+    /// Opens a file with O_DIRECT.
+    ///
+    /// # Errors
+    /// A skip where that is refused.
+    pub fn direct(&self, name: &str) -> Result<Box<dyn Handle>, Stop> {
+        match self.fs.open(name, Open::EXISTING.direct()) {
+            Err(Errno::EINVAL) => Err(Stop::Skip("O_DIRECT is refused here".into())),
+            opened => Ok(opened?),
+        }
     }
 
     /// Returns the part that this process plays, or `None` in the leading one.

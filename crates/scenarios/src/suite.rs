@@ -9,8 +9,13 @@
 mod access;
 mod buffered;
 mod direct;
+mod maps;
+mod pattern;
 mod race;
+mod sources;
 mod writeback;
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pinfold_base::Errno;
 
@@ -29,6 +34,8 @@ pub fn all() -> Vec<&'static Scenario> {
         buffered::SCENARIOS,
         race::SCENARIOS,
         direct::SCENARIOS,
+        sources::SCENARIOS,
+        maps::SCENARIOS,
         writeback::SCENARIOS,
     ]
     .into_iter()
@@ -70,6 +77,46 @@ fn joined<T>(result: std::thread::Result<Result<T, Stop>>) -> Result<T, Stop> {
             .or_else(|| panic.downcast_ref::<&str>().copied())
             .unwrap_or("no message");
         Err(Stop::Fail(format!("a thread panicked: {said}")))
+    })
+}
+
+/// What a thread beside the leading one does again and again; it is told how often it was called before.
+type Turn<'a> = &'a (dyn Fn(u64) -> Result<(), Stop> + Sync);
+
+/// Runs `lead` while a thread each repeats the `others`, at least once.
+///
+/// An error of any of them is the result; the others end with `lead`, however that ends.
+fn beside<T>(others: &[Turn<'_>], lead: impl FnOnce() -> Result<T, Stop>) -> Result<T, Stop> {
+    struct Ends<'a>(&'a AtomicBool);
+    impl Drop for Ends<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = others
+            .iter()
+            .map(|&turn| {
+                let over = &over;
+                scope.spawn(move || {
+                    for number in 0.. {
+                        turn(number)?;
+                        if over.load(Ordering::Relaxed) {
+                            break;
+                        }
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        let ends = Ends(&over);
+        let led = lead();
+        drop(ends);
+        for thread in threads {
+            joined(thread.join())?;
+        }
+        led
     })
 }
 

@@ -1,4 +1,4 @@
-//! Signals as scenarios need them: counted, aimed at one thread, or copying memory while they interrupt.
+//! Signals as scenarios need them: counted, aimed at one thread, copying memory or loading from it while they interrupt.
 //!
 //! *Owns*: the handlers it installs, until the guard is dropped.
 //!
@@ -6,11 +6,12 @@
 //!
 //! *Locking*: none; handlers touch atomics and run [`copy_nofault`], nothing else.
 
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 use pinfold_base::Errno;
 
-use super::{Protection, Region};
+use super::view::View;
+use super::{Protection, Region, touch};
 use crate::copy::copy_nofault;
 
 /// Signal numbers run from 1 to 64.
@@ -19,6 +20,11 @@ const SIGNALS: usize = 65;
 static RECEIVED: [AtomicU64; SIGNALS] = [const { AtomicU64::new(0) }; SIGNALS];
 /// Copies in handlers whose outcome was not what it must be.
 static WRONG_COPIES: AtomicU64 = AtomicU64::new(0);
+/// Where [`Handler::loading`] loads from.
+static LOADED_FROM: AtomicUsize = AtomicUsize::new(0);
+static LOADED_LEN: AtomicUsize = AtomicUsize::new(0);
+/// Loads in handlers that nobody served.
+static FAILED_LOADS: AtomicU64 = AtomicU64::new(0);
 /// A page that can be copied, with one behind it that cannot; leaked, so that a late handler finds it.
 static GOOD_THEN_BAD: AtomicPtr<u8> = AtomicPtr::new(std::ptr::null_mut());
 
@@ -58,6 +64,20 @@ impl Handler {
             GOOD_THEN_BAD.store(region.addr.as_ptr(), Ordering::Release);
         }
         Self::install(signal, count_and_copy)
+    }
+
+    /// Counts a signal, and in its handler loads a byte of `view`, each time of another page.
+    ///
+    /// The view has to stay mapped until the guard is dropped; one handler of this sort at a time.
+    ///
+    /// # Errors
+    /// As [`Handler::counting`].
+    pub fn loading(signal: i32, view: View<'static>) -> Result<Self, Errno> {
+        touch::install();
+        let start = view.part(0..view.len());
+        LOADED_FROM.store(start.expose_provenance(), Ordering::SeqCst);
+        LOADED_LEN.store(view.len(), Ordering::SeqCst);
+        Self::install(signal, count_and_load)
     }
 
     /// Returns how often the signal came since the handler was installed.
@@ -103,6 +123,12 @@ pub fn wrong_copies() -> u64 {
     WRONG_COPIES.load(Ordering::SeqCst)
 }
 
+/// Returns how many loads inside handlers met a fault that nobody resolved, in this process so far.
+#[must_use]
+pub fn failed_loads() -> u64 {
+    FAILED_LOADS.load(Ordering::SeqCst)
+}
+
 /// Sends a signal to one thread of this process, as gettid(2) numbers it.
 ///
 /// # Errors
@@ -143,6 +169,20 @@ extern "C" fn count_and_copy(signal: libc::c_int) {
     let none = unsafe { copy_nofault(sink.as_mut_ptr(), bad, sink.len()) };
     if none.done != 0 || none.stop.is_none() {
         WRONG_COPIES.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+extern "C" fn count_and_load(signal: libc::c_int) {
+    let turn = received(signal).fetch_add(1, Ordering::SeqCst);
+    let pages = LOADED_LEN.load(Ordering::SeqCst) / Region::PAGE;
+    let start = LOADED_FROM.load(Ordering::SeqCst);
+    // A stride that is prime to any power of two: the next page is far away, and all have their turn.
+    let page = (turn as usize).wrapping_mul(37) % pages.max(1);
+    let from = std::ptr::with_exposed_provenance::<u8>(start + page * Region::PAGE);
+    let mut byte = 0u8;
+    // SAFETY: a byte of a view, into which no reference exists (`loading`); `byte` is ours.
+    if unsafe { touch::copy(&raw mut byte, from, 1) }.is_err() {
+        FAILED_LOADS.fetch_add(1, Ordering::SeqCst);
     }
 }
 

@@ -14,11 +14,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pinfold_base::Errno;
+use pinfold_mem::Direction;
+use pinfold_mem::region::transfer;
+use pinfold_mem::region::view::{FileMap, Sharing, View};
 use pinfold_mem::region::{self, At, UserIov};
 use rustix::fs::{Advice, FallocateFlags, SeekFrom};
 use rustix::io::ReadWriteFlags;
 
-use super::{Allocate, Fs, Handle, How, Kind, Open, Troubled, Weather};
+use super::{Allocate, Fs, Handle, How, Kind, Mapped, Open, Pins, Refusal, Troubled, Weather};
 use crate::image::FailingStore;
 
 /// A directory of a kernel file system.
@@ -86,6 +89,19 @@ impl Fs for Kernel {
 
     fn cancels(&self) -> bool {
         false
+    }
+
+    fn pins(&self) -> Option<Pins> {
+        // The whole machine's: whoever compares them has to wait for others' transfers to end.
+        let vmstat = std::fs::read_to_string("/proc/vmstat").ok()?;
+        let count = |name: &str| {
+            let line = vmstat.lines().find_map(|line| line.strip_prefix(name))?;
+            line.trim().parse().ok()
+        };
+        Some(Pins {
+            acquired: count("nr_foll_pin_acquired ")?,
+            released: count("nr_foll_pin_released ")?,
+        })
     }
 
     fn troubled(&self) -> Result<Troubled, String> {
@@ -171,6 +187,58 @@ impl Handle for KernelFile {
         // Only clean pages can be dropped.
         self.sync()?;
         rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed).map_err(errno)
+    }
+
+    fn map(&self, range: Range<u64>, sharing: Sharing) -> Result<Box<dyn Mapped>, Refusal> {
+        let len =
+            usize::try_from(range.end.saturating_sub(range.start)).map_err(|_| Errno::ENOMEM)?;
+        let map = FileMap::new(self.file.as_fd(), range.start, len, sharing)?;
+        Ok(Box::new(KernelMap { map }))
+    }
+
+    fn extents(&self, into: &UserIov<'_>) -> Result<usize, Refusal> {
+        Ok(transfer::extents(self.file.as_fd(), into)?)
+    }
+
+    fn transfer(
+        &self,
+        direction: Direction,
+        iov: &UserIov<'_>,
+        offset: u64,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<usize, Refusal> {
+        let file = self.file.as_fd();
+        match transfer::asynchronously(file, direction, iov, offset, meanwhile) {
+            Err(Errno::ENOSYS) => Err(Refusal::Missing("there is no io_uring here")),
+            done => Ok(done?),
+        }
+    }
+}
+
+#[derive(Debug)]
+struct KernelMap {
+    map: FileMap,
+}
+
+impl Mapped for KernelMap {
+    fn view(&self) -> View<'_> {
+        self.map.view()
+    }
+
+    fn sync(&self, range: Range<usize>, flags: i32) -> Result<(), Refusal> {
+        Ok(self.map.sync(range, flags)?)
+    }
+
+    fn forget(&self, range: Range<usize>) -> Result<(), Refusal> {
+        Ok(self.map.forget(range)?)
+    }
+
+    fn resident(&self, range: Range<usize>) -> Result<Vec<bool>, Refusal> {
+        Ok(self.map.resident(range)?)
+    }
+
+    fn unmap(&mut self, range: Range<usize>) -> Result<(), Refusal> {
+        Ok(self.map.unmap(range)?)
     }
 }
 

@@ -13,10 +13,11 @@ use std::time::Duration;
 
 use pinfold_base::Errno;
 use pinfold_mem::Direction;
+use pinfold_mem::region::view::Sharing;
 use pinfold_mem::region::{At, Region, UserIov};
 use serde::{Deserialize, Serialize};
 
-use super::{Allocate, Fs, Handle, How, Kind, Open, Troubled};
+use super::{Allocate, Fs, Handle, How, Kind, Mapped, Open, Pins, Refusal, Troubled};
 
 /// What is wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,6 +103,10 @@ impl Fs for Mutant {
 
     fn cancels(&self) -> bool {
         self.inner.cancels()
+    }
+
+    fn pins(&self) -> Option<Pins> {
+        self.inner.pins()
     }
 
     fn troubled(&self) -> Result<Troubled, String> {
@@ -313,5 +318,23 @@ impl Handle for MutantFile {
 
     fn drop_cache(&self) -> Result<(), Errno> {
         self.inner.drop_cache()
+    }
+
+    fn map(&self, range: Range<u64>, sharing: Sharing) -> Result<Box<dyn Mapped>, Refusal> {
+        self.inner.map(range, sharing)
+    }
+
+    fn extents(&self, into: &UserIov<'_>) -> Result<usize, Refusal> {
+        self.inner.extents(into)
+    }
+
+    fn transfer(
+        &self,
+        direction: Direction,
+        iov: &UserIov<'_>,
+        offset: u64,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<usize, Refusal> {
+        self.inner.transfer(direction, iov, offset, meanwhile)
     }
 }

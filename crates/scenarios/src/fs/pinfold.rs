@@ -14,11 +14,12 @@ use std::sync::{Arc, Mutex, Weak};
 
 use pinfold::{AllocateMode, Errno, File, IoOptions, OpenOptions, Progress, Volume};
 use pinfold_mem::Direction;
+use pinfold_mem::region::view::Sharing;
 use pinfold_mem::region::{At, UserIov};
 use pinfold_store::testing::{Action, FaultyObject, On, Rule};
 use pinfold_store::{Object, Operation};
 
-use super::{Allocate, Fs, Handle, How, Kind, Open, Troubled, Weather};
+use super::{Allocate, Fs, Handle, How, Kind, Mapped, Open, Pins, Refusal, Troubled, Weather};
 
 /// Bytes that may be dirty over a troubled store: little, so that writers meet the limit whatever the memory.
 const DIRTY_LIMIT: u64 = 256 << 10;
@@ -91,6 +92,10 @@ impl Fs for Library {
 
     fn cancels(&self) -> bool {
         true
+    }
+
+    fn pins(&self) -> Option<Pins> {
+        None
     }
 
     fn troubled(&self) -> Result<Troubled, String> {
@@ -224,6 +229,34 @@ impl Handle for LibraryFile {
 
     fn drop_cache(&self) -> Result<(), Errno> {
         self.file.drop_cache().map_err(|error| error.errno())
+    }
+
+    fn map(&self, _range: Range<u64>, _sharing: Sharing) -> Result<Box<dyn Mapped>, Refusal> {
+        Err(Refusal::Missing("the library does not map files yet"))
+    }
+
+    fn extents(&self, _into: &UserIov<'_>) -> Result<usize, Refusal> {
+        Err(Refusal::Missing("the library has no query of extents"))
+    }
+
+    fn transfer(
+        &self,
+        direction: Direction,
+        iov: &UserIov<'_>,
+        offset: u64,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<usize, Refusal> {
+        // Calls of the library wait for their transfers: what runs beside one is another thread.
+        let moved = std::thread::scope(|scope| {
+            let transfer = scope.spawn(|| match direction {
+                Direction::Target => self.read(iov, At::Offset(offset), How::PLAIN),
+                Direction::Source => self.write(iov, At::Offset(offset), How::PLAIN),
+            });
+            meanwhile();
+            transfer.join()
+        });
+        // The panic itself is noted where it happened.
+        Ok(moved.unwrap_or(Err(Errno::EIO))?)
     }
 }
 

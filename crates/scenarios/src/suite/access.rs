@@ -1,14 +1,15 @@
-//! Access to user memory: T01 to T06, T09.
+//! Access to user memory: T01 to T09.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use pinfold_base::Errno;
+use pinfold_mem::region::transfer::{FIEMAP_HEAD, FIEMAP_RECORD};
 use pinfold_mem::region::{At, Protection, Region, UserIov, signal};
 use rand::Rng as _;
 
 use super::{P, PAGE, joined, needs_room};
-use crate::fs::{Handle, How, Kind};
+use crate::fs::{Handle, How, Kind, Refusal};
 use crate::scenario::{Context, Known, Scenario, Stop};
 
 pub(super) const SCENARIOS: &[Scenario] = &[
@@ -78,6 +79,26 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         known: &[],
         seconds_max: 30,
         run: read_prefix,
+    },
+    Scenario {
+        number: "T07",
+        name: "subpage_bail",
+        claim: "memory that ends in the middle of a block is used to its last byte",
+        known: &[Known {
+            kind: Kind::Btrfs,
+            check: "write count",
+            why: "btrfs faults a whole chunk in beforehand and shrinks to a page border",
+        }],
+        seconds_max: 30,
+        run: subpage_bail,
+    },
+    Scenario {
+        number: "T08",
+        name: "restart_record",
+        claim: "a record that does not fit into good memory is EFAULT, at once",
+        known: &[],
+        seconds_max: 30,
+        run: restart_record,
     },
     Scenario {
         number: "T09",
@@ -261,6 +282,79 @@ fn read_prefix(cx: &Context<'_>) -> Result<(), Stop> {
         cx.equal("position at the end", file.position()?, end);
         let read = file.read(&target.iov(PAGE..2 * PAGE), At::Offset(end), How::PLAIN);
         cx.equal("at the end of the file", read, Ok(0));
+    }
+    Ok(())
+}
+
+/// Good bytes before bad memory: around the sizes of tag granules, vector registers and cache lines.
+const GOOD: [usize; 11] = [1, 15, 16, 17, 31, 48, 63, 65, 100, 1_000, PAGE - 1];
+
+fn subpage_bail(cx: &Context<'_>) -> Result<(), Stop> {
+    let memory = half_bad()?;
+    let stored = cx.filled("read", b'r', 4 * P)?;
+    for good in GOOD {
+        for offset in [0u64, 1, 16, 100, 4_090, 2 * P - 1] {
+            let edge = || memory.iov(PAGE - good..2 * PAGE);
+            let file = cx.filled("write", b'o', 3 * P)?;
+            memory.fill(0..PAGE, b'q')?;
+            let wrote = file.write(&edge(), At::Offset(offset), How::PLAIN);
+            cx.check("write count", wrote == Ok(good), || {
+                format!("{wrote:?} of {good} at {offset}")
+            });
+            let end = offset + wrote.unwrap_or(0) as u64;
+            cx.contents("what was written", &*file, offset..end, b'q')?;
+            cx.contents("behind what was written", &*file, end..3 * P, b'o')?;
+            if offset % 2 == 0 {
+                stored.drop_cache()?;
+            }
+            let read = stored.read(&edge(), At::Offset(offset), How::PLAIN);
+            cx.check("read count", read == Ok(good), || {
+                format!("{read:?} of {good} at {offset}")
+            });
+            let got = memory.to_vec(PAGE - good..PAGE)?;
+            cx.all("what was read", &got, 0, b'r');
+        }
+    }
+    Ok(())
+}
+
+fn restart_record(cx: &Context<'_>) -> Result<(), Stop> {
+    let file = cx.fresh("file")?;
+    for page in (0..32).step_by(2) {
+        cx.fill(&*file, b'x', page * P..(page + 1) * P)?;
+    }
+    file.sync()?;
+    let memory = half_bad()?;
+    let room = |bytes: usize| match file.extents(&memory.iov(PAGE - bytes..PAGE)) {
+        Err(Refusal::Failed(Errno::EOPNOTSUPP)) => {
+            Err(Stop::Skip("there is no query of extents here".into()))
+        }
+        Err(Refusal::Missing(reason)) => Err(Stop::Skip(reason.into())),
+        Err(Refusal::Failed(errno)) => Ok(Err(errno)),
+        Ok(found) => Ok(Ok(found)),
+    };
+    // Whole records only: as many as there is room for, of at least that many there are.
+    cx.equal(
+        "three records",
+        room(FIEMAP_HEAD + 3 * FIEMAP_RECORD)?,
+        Ok(3),
+    );
+    for granule in (1..4).map(|count| 16 * count) {
+        for records in 0..4 {
+            let good = FIEMAP_HEAD + records * FIEMAP_RECORD + granule;
+            // The list goes on into bad memory, in the middle of a record.
+            let into = memory.iov(PAGE - good..2 * PAGE);
+            let found = match file.extents(&into) {
+                Err(Refusal::Failed(errno)) => Err(errno),
+                Err(missing) => return Err(missing.into()),
+                Ok(found) => Ok(found),
+            };
+            cx.check(
+                "a record in bad memory",
+                found == Err(Errno::EFAULT),
+                || format!("{found:?} behind {records} records and {granule} bytes"),
+            );
+        }
     }
     Ok(())
 }
