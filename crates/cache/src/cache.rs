@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
+use pinfold_base::counters::SpreadCounter;
 use pinfold_base::{PAGE_SIZE, counter_set};
 use pinfold_mem::{Arena, ArenaError, Frame};
 use smallvec::SmallVec;
@@ -59,7 +60,7 @@ counter_set! {
     /// What happened in a cache since it was made.
     CacheCounters, CacheSnapshot {
         /// Page look-ups that found a valid page.
-        hits,
+        hits: SpreadCounter,
         /// Page look-ups that had to read.
         misses,
         /// Pages read from the store, read-ahead included.

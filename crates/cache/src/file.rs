@@ -233,6 +233,16 @@ impl FilePages {
         }
     }
 
+    /// Returns a page that is cached and valid, as a read of an open file would: the use counts, and what is worth reading
+    /// ahead is started.
+    #[inline]
+    #[must_use]
+    pub fn read_cached(self: &Arc<Self>, page: u64, ahead: &ReadAhead) -> Option<PageRef<'_>> {
+        let found = self.get(page)?;
+        self.note_hit(page, found.frame(), Some(ahead));
+        Some(found)
+    }
+
     /// Returns a page's contents, from the cache or the store. Nothing may be held but classes 1 to 3.
     ///
     /// # Errors
@@ -242,8 +252,7 @@ impl FilePages {
         loop {
             match self.find(key) {
                 Found::Page(found) => {
-                    self.cache.counters.hits.bump();
-                    self.note_hit(page, found.frame(), want);
+                    self.note_hit(page, found.frame(), want.ahead);
                     return Ok(found);
                 }
                 Found::Busy(_) | Found::Nothing if want.nowait => {
@@ -260,12 +269,13 @@ impl FilePages {
     }
 
     #[inline]
-    fn note_hit(self: &Arc<Self>, page: u64, frame: Frame, want: &Want<'_>) {
-        let Some(ahead) = want.ahead else {
+    fn note_hit(self: &Arc<Self>, page: u64, frame: Frame, ahead: Option<&ReadAhead>) {
+        self.cache.counters.hits.bump();
+        let Some(ahead) = ahead else {
             self.cache.policy.touch(frame);
             return;
         };
-        let (range, new_use) = ahead.hit(page, self.window_max());
+        let (range, new_use) = ahead.hit(page, || self.window_max());
         if new_use {
             self.cache.policy.touch(frame);
         }

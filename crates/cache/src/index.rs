@@ -86,20 +86,15 @@ impl Index {
 
     /// Lists the frames that may hold the key with this hash; usually none or one.
     #[inline]
-    pub fn candidates(&self, hash: u64) -> impl Iterator<Item = Frame> + '_ {
+    pub fn candidates(&self, hash: u64) -> Candidates<'_> {
         let home = hash as usize & self.mask;
-        let tag = tag(hash);
-        let reach = if self.buckets[home].displaced.load(Ordering::Relaxed) == 0 {
-            0
-        } else {
-            self.reach.load(Ordering::Relaxed) as usize
-        };
-        (0..=reach)
-            .flat_map(move |step| &self.buckets[(home + step) & self.mask].entries)
-            .filter_map(move |entry| {
-                let value = entry.load(Ordering::Acquire);
-                (value != 0 && value & TAG_MASK == tag).then(|| frame_of(value))
-            })
+        Candidates {
+            index: self,
+            home,
+            tag: tag(hash),
+            entries: self.buckets[home].entries.iter(),
+            step: 0,
+        }
     }
 
     /// Keeps others from inserting or removing keys with this hash.
@@ -155,6 +150,52 @@ impl Index {
             }
         }
         false
+    }
+}
+
+/// Frames whose entries carry a hash's tag. Written out because every cached read and write runs it once.
+#[derive(Debug)]
+pub struct Candidates<'a> {
+    index: &'a Index,
+    home: usize,
+    tag: u64,
+    entries: std::slice::Iter<'a, AtomicU64>,
+    /// Buckets behind the home that were entered.
+    step: usize,
+}
+
+impl Candidates<'_> {
+    /// Goes on to the next bucket that entries of this home may be in; false when there is none.
+    fn next_bucket(&mut self) -> bool {
+        let index = self.index;
+        if index.buckets[self.home].displaced.load(Ordering::Relaxed) == 0
+            || self.step == index.reach.load(Ordering::Relaxed) as usize
+        {
+            return false;
+        }
+        self.step += 1;
+        let bucket = &index.buckets[(self.home + self.step) & index.mask];
+        self.entries = bucket.entries.iter();
+        true
+    }
+}
+
+impl Iterator for Candidates<'_> {
+    type Item = Frame;
+
+    #[inline]
+    fn next(&mut self) -> Option<Frame> {
+        loop {
+            for entry in self.entries.by_ref() {
+                let value = entry.load(Ordering::Acquire);
+                if value & TAG_MASK == self.tag && value != 0 {
+                    return Some(frame_of(value));
+                }
+            }
+            if !self.next_bucket() {
+                return None;
+            }
+        }
     }
 }
 

@@ -46,13 +46,13 @@ impl ReadAhead {
     /// The second value tells whether this use counts as a new one: small reads that walk through one page do not make
     /// it hot.
     #[inline]
-    pub fn hit(&self, page: u64, window_max: u64) -> (Option<Range<u64>>, bool) {
+    pub fn hit(&self, page: u64, window_max: impl FnOnce() -> u64) -> (Option<Range<u64>>, bool) {
         let before = self.last.load(Ordering::Relaxed);
         if before != page {
             self.last.store(page, Ordering::Relaxed);
         }
         let ahead = if page >= self.trigger.load(Ordering::Relaxed) {
-            self.advance(page, window_max)
+            self.advance(page, window_max())
         } else {
             None
         };
@@ -115,7 +115,7 @@ mod tests {
         let mut misses = 0;
         for page in 0..10_000 {
             if page < cached {
-                if let (Some(range), _) = ahead.hit(page, 256) {
+                if let (Some(range), _) = ahead.hit(page, || 256) {
                     assert_eq!(range.start, cached);
                     cached = range.end;
                 }
@@ -140,15 +140,15 @@ mod tests {
         let ahead = ReadAhead::default();
         assert!(!ahead.miss(0, 4, 256).is_empty());
         assert!(ahead.miss(100_000, 1, 256).is_empty());
-        assert_eq!(ahead.hit(100_000, 256).0, None);
+        assert_eq!(ahead.hit(100_000, || 256).0, None);
         assert!(!ahead.miss(100_001, 1, 256).is_empty());
     }
 
     #[test]
     fn small_reads_of_one_page_count_as_one_use() {
         let ahead = ReadAhead::default();
-        assert!(ahead.hit(7, 256).1);
-        assert!(!ahead.hit(7, 256).1);
-        assert!(ahead.hit(8, 256).1);
+        assert!(ahead.hit(7, || 256).1);
+        assert!(!ahead.hit(7, || 256).1);
+        assert!(ahead.hit(8, || 256).1);
     }
 }

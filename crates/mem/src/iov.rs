@@ -7,7 +7,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::marker::PhantomData;
 
 use pinfold_base::Progress;
-use smallvec::SmallVec;
+use smallvec::{SmallVec, smallvec};
 
 use crate::copy::{Access, CopyStop, copy_nofault};
 use crate::mapped::{self, Extent, Lent};
@@ -52,23 +52,25 @@ pub struct Mark {
 
 impl<'a> IovCursor<'a> {
     /// Makes a cursor that reads from `buf`.
+    #[inline]
     #[must_use]
     pub fn from_slice(buf: &'a [u8]) -> Self {
         let span = RawSpan {
             addr: buf.as_ptr().expose_provenance(),
             len: buf.len(),
         };
-        Self::over(Direction::Source, SmallVec::from_slice(&[span]))
+        Self::over(Direction::Source, smallvec![span])
     }
 
     /// Makes a cursor that writes to `buf`.
+    #[inline]
     #[must_use]
     pub fn from_mut_slice(buf: &'a mut [u8]) -> Self {
         let span = RawSpan {
             addr: buf.as_mut_ptr().expose_provenance(),
             len: buf.len(),
         };
-        Self::over(Direction::Target, SmallVec::from_slice(&[span]))
+        Self::over(Direction::Target, smallvec![span])
     }
 
     /// Makes a cursor that reads from several buffers in turn.
@@ -101,6 +103,7 @@ impl<'a> IovCursor<'a> {
         Self::over(direction, SmallVec::from_slice(spans))
     }
 
+    #[inline]
     fn over(direction: Direction, segments: SmallVec<[RawSpan; 4]>) -> Self {
         let count = segments
             .iter()
@@ -118,6 +121,7 @@ impl<'a> IovCursor<'a> {
     }
 
     /// Returns the bytes that may still be moved.
+    #[inline]
     #[must_use]
     pub fn count(&self) -> usize {
         self.count
@@ -165,6 +169,7 @@ impl<'a> IovCursor<'a> {
     ///
     /// # Panics
     /// When `bytes` exceeds the count: the caller claims to have moved bytes that were not there.
+    #[inline]
     pub fn advance(&mut self, bytes: usize) {
         assert!(bytes <= self.count, "advance by {bytes} of {}", self.count);
         self.count -= bytes;
@@ -200,6 +205,7 @@ impl<'a> IovCursor<'a> {
     }
 
     /// Lowers the count to `bytes` if it is larger; returns the old count, for [`IovCursor::reexpand`].
+    #[inline]
     pub fn truncate(&mut self, bytes: usize) -> usize {
         let before = self.count;
         self.count = self.count.min(bytes);

@@ -5,8 +5,8 @@
 //! bounce buffer. Every round commits a byte, or asks for fewer, or makes the next byte resident: it ends.
 
 use pinfold_base::{PAGE_SIZE, Progress};
-use pinfold_cache::{CacheError, Want};
-use pinfold_mem::{AlignedBuf, IovCursor, Segments};
+use pinfold_cache::{CacheError, PageRef, Want};
+use pinfold_mem::{AlignedBuf, CopyStop, IovCursor, Segments};
 use std::sync::Arc;
 
 use crate::direct::past_cache;
@@ -36,17 +36,13 @@ impl File {
                 break Some(Error::cache("read", error));
             }
             let (page, at) = (pos / PAGE_SIZE, (pos % PAGE_SIZE) as usize);
-            let want = Want {
-                pages: (end - pos)
-                    .min(cursor.count() as u64)
-                    .saturating_add(at as u64)
-                    .div_ceil(PAGE_SIZE),
-                ahead: Some(self.ahead()),
-                nowait: how.nowait,
-            };
-            let found = match pages.read(page, &want) {
-                Ok(found) => found,
-                Err(error) => break Some(Error::cache("read", error)),
+            let cached = pages.read_cached(page, self.ahead());
+            let found = match cached {
+                Some(found) => found,
+                None => match self.read_missing(pos, end, cursor.count(), how) {
+                    Ok(found) => found,
+                    Err(error) => break Some(Error::cache("read", error)),
+                },
             };
             // The size again, after the page was seen valid: data is visible before size (B-4).
             let below_end = usize::try_from(pages.end().saturating_sub(pos)).unwrap_or(usize::MAX);
@@ -64,24 +60,35 @@ impl File {
                 // What could be copied was; the next round starts at the failing byte.
                 continue;
             }
-            let mut bounce = [0u8; PAGE];
-            found.read(at, &mut bounce[..want]);
-            drop(found);
-            match stalls.resolve(stop, cursor, want) {
-                Next::Retry => {}
-                Next::BadBuffer => break Some(bad_buffer("read", offset, cursor.count())),
-                Next::Bounce => {
-                    let moved = cursor.copy_slice_nofault(&mut bounce[..want]).done;
-                    if moved == 0 {
-                        break Some(bad_buffer("read", offset, cursor.count()));
-                    }
+            match read_stalled(found, at, want, stop, cursor, &mut stalls) {
+                Ok(moved) => {
                     pos += moved;
                     done += moved;
-                    stalls.progressed();
                 }
+                Err(()) => break Some(bad_buffer("read", offset, cursor.count())),
             }
         };
         Progress { done, stop }
+    }
+
+    /// Brings in the page at `pos` and those of the same request behind it.
+    #[cold]
+    fn read_missing(
+        &self,
+        pos: u64,
+        end: u64,
+        count: usize,
+        how: &IoOptions<'_>,
+    ) -> Result<PageRef<'_>, CacheError> {
+        let want = Want {
+            pages: (end - pos)
+                .min(count as u64)
+                .saturating_add(pos % PAGE_SIZE)
+                .div_ceil(PAGE_SIZE),
+            ahead: Some(self.ahead()),
+            nowait: how.nowait,
+        };
+        self.inode().pages().read(pos / PAGE_SIZE, &want)
     }
 
     /// Writes through the cache; returns the offset behind the last byte as well.
@@ -190,12 +197,42 @@ impl File {
     }
 }
 
+/// Goes on after a copy out of a page that came to nothing; returns the bytes moved through a bounce buffer, if any.
+///
+/// Apart from its caller because of the buffer, whose room on the stack every read would pay for.
+#[cold]
+#[inline(never)]
+fn read_stalled(
+    found: PageRef<'_>,
+    at: usize,
+    want: usize,
+    stop: CopyStop,
+    cursor: &mut IovCursor<'_>,
+    stalls: &mut Stalls,
+) -> Result<u64, ()> {
+    let mut bounce = [0u8; PAGE];
+    found.read(at, &mut bounce[..want]);
+    // Nothing is held from here on (rule zero).
+    drop(found);
+    match stalls.resolve(stop, cursor, want) {
+        Next::Retry => Ok(0),
+        Next::BadBuffer => Err(()),
+        Next::Bounce => match cursor.copy_slice_nofault(&mut bounce[..want]).done {
+            0 => Err(()),
+            moved => {
+                stalls.progressed();
+                Ok(moved)
+            }
+        },
+    }
+}
+
 /// How a series of rounds under the inode's lock ended.
 enum Rounds {
     /// All done, or stopped for good.
     Ended(Option<Error>),
     /// The byte the cursor is at could not be copied; so many bytes were wanted.
-    Fault(pinfold_mem::CopyStop, usize),
+    Fault(CopyStop, usize),
 }
 
 /// One buffered write under way.
@@ -373,5 +410,5 @@ enum Round {
     /// Nothing is, but so many bytes could be copied: ask for just those.
     OnlyGood(usize),
     /// Not one byte could be copied.
-    Fault(pinfold_mem::CopyStop),
+    Fault(CopyStop),
 }

@@ -188,7 +188,9 @@ impl File {
         } else {
             self.read_buffered(cursor, offset, how)
         };
-        cursor.reexpand(cursor.count() + held_back);
+        if held_back > 0 {
+            cursor.reexpand(cursor.count() + held_back);
+        }
         progress
     }
 
