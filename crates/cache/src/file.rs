@@ -208,6 +208,8 @@ impl FilePages {
     #[inline]
     fn find(&self, key: Key) -> Found<'_> {
         for frame in self.cache.index.candidates(key.hash()) {
+            // Most guesses are right: the bytes are fetched while the header is.
+            self.cache.arena.prefetch(frame);
             let header = self.cache.header(frame);
             match header.state.try_ref() {
                 RefOutcome::Taken => {

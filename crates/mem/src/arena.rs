@@ -556,6 +556,13 @@ impl Arena {
         self.base().wrapping_add(at)
     }
 
+    /// Has the processor fetch a frame's first bytes, for a copy that is likely to come: only a hint.
+    #[inline]
+    pub fn prefetch(&self, frame: Frame) {
+        let at = self.base().wrapping_add(frame.0 as usize * PAGE);
+        crate::copy::prefetch(at);
+    }
+
     /// Makes an empty list of transfer segments over this arena's memory.
     #[must_use]
     pub fn segments(self: &Arc<Self>) -> Segments {
