@@ -6,28 +6,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
 use pinfold_base::counters::SpreadCounter;
+use pinfold_base::sync::{Condvar, Mutex};
 use pinfold_base::{PAGE_SIZE, counter_set};
 use pinfold_mem::{Arena, ArenaError, Frame};
-use smallvec::SmallVec;
 
-use crate::CacheError;
 use crate::file::FilePages;
 use crate::index::{Index, Key};
-use crate::policy::{Policy, Verdict};
+use crate::policy::Policy;
+use crate::slots::Slots;
 use crate::state::{LOCKED, StateWord, UPTODATE, USERS_MASK, WRITEBACK};
 use crate::wait::WaitTable;
 use crate::writeback::Flusher;
 
 /// The least budget, in bytes: 64 pages.
 pub const MEMORY_MIN: u64 = 64 * PAGE_SIZE;
-/// Frames freed at once when none is left.
-const RECLAIM_BATCH: usize = 32;
-/// How long an allocation waits for write-back or other users before it gives up.
-const FRAME_WAIT_MAX: Duration = Duration::from_secs(60);
-/// How often a waiting allocation looks again although nobody woke it.
-const FRAME_WAIT_STEP: Duration = Duration::from_millis(50);
 
 /// What a cache may use, and when it writes back.
 #[derive(Debug, Clone, Copy)]
@@ -81,6 +74,12 @@ counter_set! {
         throttled,
         /// Times an allocation had to wait for a frame.
         frame_waits,
+        /// Pages moved from the arena to the window of their file.
+        moved,
+        /// Pages pinned for device I/O.
+        foll_pin_acquired,
+        /// Pins given back; equal to those acquired when nothing is under way.
+        foll_pin_released,
     }
 }
 
@@ -139,7 +138,9 @@ pub struct Census {
 /// A volume's page cache.
 pub struct Cache {
     pub(crate) arena: Arc<Arena>,
-    pub(crate) headers: Box<[Header]>,
+    headers: Box<[Header]>,
+    /// Places for pages in windows; their headers are numbered after the frames'.
+    pub(crate) slots: Slots,
     pub(crate) index: Index,
     pub(crate) policy: Policy,
     pub(crate) waits: WaitTable,
@@ -152,8 +153,8 @@ pub struct Cache {
     pub(crate) dirty_files: Mutex<HashMap<u64, Arc<FilePages>>>,
     pub(crate) flusher: Flusher,
     /// Bumped when a frame or a dirty slot may have become free.
-    progress: Mutex<u64>,
-    progressed: Condvar,
+    pub(crate) progress: Mutex<u64>,
+    pub(crate) progressed: Condvar,
     next_file: AtomicU64,
 }
 
@@ -177,6 +178,7 @@ impl Cache {
         Ok(Arc::new(Self {
             arena,
             headers: (0..frames).map(|_| Header::default()).collect(),
+            slots: Slots::new(frames),
             index: Index::new(frames),
             policy: Policy::new(frames),
             waits: WaitTable::default(),
@@ -221,7 +223,7 @@ impl Cache {
     #[must_use]
     pub fn census(&self) -> Census {
         let count = |flags: u64| {
-            let states = self.headers.iter().map(|header| header.state.load());
+            let states = self.headers().map(|header| header.state.load());
             states.filter(|state| state & flags != 0).count()
         };
         Census {
@@ -237,12 +239,31 @@ impl Cache {
         }
     }
 
+    #[inline]
     pub(crate) fn header(&self, frame: Frame) -> &Header {
-        &self.headers[frame.0 as usize]
+        match self.headers.get(frame.0 as usize) {
+            Some(header) => header,
+            None => self.slots.header(frame.0 as usize - self.headers.len()),
+        }
+    }
+
+    /// Lists every header, those of frames before those of slots: a page only ever moves towards the end.
+    pub(crate) fn headers(&self) -> impl Iterator<Item = &Header> {
+        self.headers.iter().chain(self.slots.headers())
     }
 
     pub(crate) fn next_file(&self) -> u64 {
         self.next_file.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Sees to what the last reference of a frame found: somebody to wake, or a page that has moved away under it.
+    #[cold]
+    pub(crate) fn after_unref(&self, frame: Frame) {
+        let header = self.header(frame);
+        if header.state.bury() {
+            self.give_frame(frame);
+        }
+        self.wake(frame);
     }
 
     pub(crate) fn wake(&self, frame: Frame) {
@@ -255,89 +276,6 @@ impl Cache {
             .wait(frame.0 as usize, &self.header(frame).state, None, until);
     }
 
-    /// Takes one frame, evicting if need be; waits for write-back if everything is dirty.
-    pub(crate) fn take_frame(&self) -> Result<Frame, CacheError> {
-        let mut deadline = None;
-        loop {
-            let seen = *self.progress.lock();
-            if let Some(frame) = self.try_take_frames(1).pop() {
-                return Ok(frame);
-            }
-            let now = Instant::now();
-            if now >= *deadline.get_or_insert(now + FRAME_WAIT_MAX) {
-                return Err(CacheError::NoFrames);
-            }
-            self.counters.frame_waits.bump();
-            self.press();
-            let mut progress = self.progress.lock();
-            if *progress == seen {
-                self.progressed.wait_for(&mut progress, FRAME_WAIT_STEP);
-            }
-        }
-    }
-
-    /// Takes up to `want` frames, adjacent where possible, without waiting for anybody.
-    pub(crate) fn try_take_frames(&self, want: usize) -> SmallVec<[Frame; 1]> {
-        let mut frames = SmallVec::new();
-        let mut reclaimed = false;
-        while frames.len() < want {
-            let ask = u32::try_from(want - frames.len()).unwrap_or(u32::MAX);
-            // A refusal by the system counts as "none free": the budget then is what it has given so far.
-            match self.arena.alloc(ask) {
-                Ok(Some(run)) => frames.extend(run.frames()),
-                Ok(None) | Err(_) if reclaimed => break,
-                Ok(None) | Err(_) => {
-                    reclaimed = true;
-                    if self.reclaim(
-                        (want - frames.len()).max(RECLAIM_BATCH.min(self.headers.len() / 8)),
-                    ) == 0
-                    {
-                        break;
-                    }
-                }
-            }
-        }
-        frames
-    }
-
-    /// Evicts clean, unused pages; returns how many.
-    pub(crate) fn reclaim(&self, want: usize) -> usize {
-        let mut frames: SmallVec<[Frame; RECLAIM_BATCH]> = SmallVec::new();
-        let mut dirty_seen = 0usize;
-        self.policy.evict(want, |frame| {
-            let header = self.header(frame);
-            if !header.state.begin_evict() {
-                dirty_seen += usize::from(header.state.load() & crate::state::DIRTY != 0);
-                return Verdict::Keep;
-            }
-            self.unlist(frame, header);
-            frames.push(frame);
-            Verdict::Evicted
-        });
-        self.arena.free_all(&frames);
-        self.counters.evicted.add(frames.len() as u64);
-        if dirty_seen > want {
-            self.kick_flusher(true);
-        }
-        frames.len()
-    }
-
-    /// Takes a locked, doomed, unused page out of the index and ends its state. The frame is the caller's then.
-    pub(crate) fn unlist(&self, frame: Frame, header: &Header) {
-        let hash = header.key().hash();
-        self.index.remove(&self.index.lock(hash), hash, frame);
-        if header.state.release() {
-            self.wake(frame);
-        }
-    }
-
-    /// Gives a frame back that `unlist` ended.
-    pub(crate) fn give_frame(&self, frame: Frame) {
-        self.policy.forget(frame);
-        self.arena.free(frame);
-        self.note_progress();
-    }
-
     /// Wakes those who wait for a frame or for less to be dirty.
     pub(crate) fn note_progress(&self) {
         *self.progress.lock() += 1;
@@ -346,7 +284,7 @@ impl Cache {
 
     /// Sleeps until progress is noted or `until` comes.
     pub(crate) fn wait_progress(&self, until: Instant) {
-        let mut progress = self.progress.lock();
-        self.progressed.wait_until(&mut progress, until);
+        let progress = self.progress.lock();
+        drop(self.progressed.wait_until(progress, until));
     }
 }

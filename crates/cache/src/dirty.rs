@@ -1,27 +1,59 @@
 //! Which pages of a file are dirty, in order: what a write-back walks.
 //!
-//! Kept as 64-page masks, so that marking neighbours dirty costs one map entry. A copy of the set is the TOWRITE tag of
+//! Kept as 64-page masks, so that marking neighbours dirty costs one map entry. Masks of pages that are mapped are made
+//! ahead and kept when they become empty, so that a first store can be noted where nothing may be allocated. A copy of the set is the TOWRITE tag of
 //! SEMANTICS.md section G: pages dirtied after it was taken cannot prolong a sync (G-1).
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+
+/// Empty masks kept at most: those of a gigabyte of neighbouring pages.
+const SPARE_MAX: usize = 4096;
 
 /// A set of page numbers.
 #[derive(Debug, Default, Clone)]
 pub struct PageSet {
     masks: BTreeMap<u64, u64>,
     count: usize,
+    /// Masks that are empty.
+    spare: usize,
+    keeps_spare: bool,
 }
 
 impl PageSet {
     /// Adds a page; false when it was there.
     pub fn insert(&mut self, page: u64) -> bool {
-        let mask = self.masks.entry(page / 64).or_insert(0);
+        if let Some(new) = self.try_insert(page) {
+            return new;
+        }
+        self.masks.insert(page / 64, 1 << (page % 64));
+        self.count += 1;
+        true
+    }
+
+    /// As [`PageSet::insert`]; `None` where that would allocate.
+    pub fn try_insert(&mut self, page: u64) -> Option<bool> {
+        let mask = self.masks.get_mut(&(page / 64))?;
         let bit = 1 << (page % 64);
         let new = *mask & bit == 0;
+        self.spare -= usize::from(*mask == 0);
         *mask |= bit;
         self.count += usize::from(new);
-        new
+        Some(new)
+    }
+
+    /// Makes a later [`PageSet::try_insert`] of the page likely to succeed.
+    pub fn prepare(&mut self, page: u64) {
+        self.keeps_spare = true;
+        if self.masks.contains_key(&(page / 64)) {
+            return;
+        }
+        if self.spare == SPARE_MAX {
+            self.masks.retain(|_, mask| *mask != 0);
+            self.spare = 0;
+        }
+        self.masks.insert(page / 64, 0);
+        self.spare += 1;
     }
 
     /// Takes a page out; false when it was not there.
@@ -34,10 +66,14 @@ impl PageSet {
             return false;
         }
         *mask &= !bit;
-        if *mask == 0 {
-            self.masks.remove(&(page / 64));
-        }
         self.count -= 1;
+        if *mask == 0 {
+            if self.keeps_spare && self.spare < SPARE_MAX {
+                self.spare += 1;
+            } else {
+                self.masks.remove(&(page / 64));
+            }
+        }
         true
     }
 
@@ -109,5 +145,22 @@ mod tests {
         assert!(!set.remove(63));
         assert_eq!(set.next_from(4), Some(64));
         assert!(set.pages_in(5..5, 9).is_empty());
+    }
+
+    #[test]
+    fn a_page_that_was_prepared_is_noted_without_a_new_mask() {
+        let mut set = PageSet::default();
+        assert_eq!(set.try_insert(70), None);
+        set.prepare(70);
+        assert!(set.is_empty() && set.next_from(0).is_none());
+        assert_eq!(set.try_insert(70), Some(true));
+        assert_eq!(set.try_insert(70), Some(false));
+        assert!(set.remove(70));
+        assert_eq!(set.try_insert(71), Some(true));
+        for page in 0..2 * SPARE_MAX as u64 {
+            set.prepare(page * 64);
+        }
+        assert!(set.masks.len() <= SPARE_MAX + 1);
+        assert_eq!(set.pages_in(0..u64::MAX, 10), [71]);
     }
 }

@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
-use parking_lot::Mutex;
+use pinfold_base::sync::Mutex;
 use pinfold_base::{PAGE_SIZE, Progress};
-use pinfold_mem::{Frame, Segments};
+use pinfold_mem::{Frame, Homes, Segments, Window};
 use pinfold_store::{Object, StoreError, Transfer};
 use smallvec::SmallVec;
 
@@ -16,12 +16,14 @@ use crate::CacheError;
 use crate::cache::Cache;
 use crate::dirty::PageSet;
 use crate::errseq::ErrSeq;
-use crate::folio::Folio;
+use crate::folio::{Folio, Going};
 use crate::gate::{AddGuard, Gate};
 use crate::index::Key;
 use crate::lease::PageRef;
+use crate::map::ReverseMap;
 use crate::readahead::ReadAhead;
 use crate::state::{DIRTY, HOME_ARENA, LOCKED, RefOutcome, UPTODATE};
+use pinfold_mem::window::WindowError;
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// Pages in one read transfer at most: 512 KiB keeps several in flight within a window.
@@ -65,6 +67,11 @@ pub struct FilePages {
     id: u64,
     cache: Arc<Cache>,
     object: Arc<dyn Object>,
+    homes: Arc<Homes>,
+    /// The user mappings, once there is a window.
+    reverse: OnceLock<Arc<dyn ReverseMap>>,
+    /// Serializes the making of the window.
+    opening: Mutex<()>,
     /// The file's size in bytes. Read after a page was seen valid (release/acquire), so that data is visible before
     /// size (B-4).
     end: AtomicU64,
@@ -113,6 +120,9 @@ impl FilePages {
             id: cache.next_file(),
             cache: Arc::clone(cache),
             object,
+            homes: Arc::new(Homes::new(Arc::clone(&cache.arena))),
+            reverse: OnceLock::new(),
+            opening: Mutex::new(()),
             end: AtomicU64::new(end),
             high: AtomicU64::new(0),
             gate: Gate::default(),
@@ -138,6 +148,11 @@ impl FilePages {
         &self.cache
     }
 
+    #[inline]
+    pub(crate) fn homes(&self) -> &Arc<Homes> {
+        &self.homes
+    }
+
     pub(crate) fn id(&self) -> u64 {
         self.id
     }
@@ -146,6 +161,64 @@ impl FilePages {
     #[must_use]
     pub fn cache_arc(&self) -> &Arc<Cache> {
         &self.cache
+    }
+
+    /// Returns the window, which a file has from its first mapping on.
+    #[must_use]
+    pub fn window(&self) -> Option<&Arc<Window>> {
+        self.homes.window()
+    }
+
+    /// Makes the file's pages mappable: the first `pages` of them have addresses in the window from here on. `reverse` is
+    /// told when access to them must end; the first call's stays.
+    ///
+    /// # Errors
+    /// [`CacheError::Window`]: no descriptor, no address space, or past the limit on file sizes.
+    pub fn open_window(
+        &self,
+        pages: u64,
+        reverse: Arc<dyn ReverseMap>,
+    ) -> Result<&Arc<Window>, CacheError> {
+        let refused = |error: WindowError| CacheError::Window(error.errno());
+        if self.homes.window().is_none() {
+            let _turn = self.opening.lock();
+            if self.homes.window().is_none() {
+                let window = Window::new().map_err(refused)?;
+                self.cache.open_slots(self.id, &window);
+                let _ = self.reverse.set(reverse);
+                self.homes.open(window);
+            }
+        }
+        let window = self
+            .homes
+            .window()
+            .expect("it was there, or was made above");
+        window.ensure(pages).map_err(refused)?;
+        Ok(window)
+    }
+
+    /// Write-protects pages in every mapping. Their locks are held.
+    pub(crate) fn protect(&self, pages: Range<u64>) {
+        if let Some(reverse) = self.reverse.get() {
+            reverse.protect(pages);
+        }
+    }
+
+    /// Takes pages out of every shared mapping. Their locks are held.
+    pub(crate) fn unmap(&self, pages: Range<u64>) {
+        if let Some(reverse) = self.reverse.get() {
+            reverse.unmap(pages);
+        }
+    }
+
+    /// Takes pages out of the window and so out of every mapping. Their locks are held, they are invalid and unused.
+    pub(crate) fn punch(&self, pages: Range<u64>) {
+        if let Some(window) = self.homes.window()
+            && window.punch(pages.clone()).is_err()
+        {
+            // The memory stays behind until the page comes back; nobody must see it meanwhile.
+            self.unmap(pages);
+        }
     }
 
     /// Returns where the bytes are stored.
@@ -213,7 +286,7 @@ impl FilePages {
             let header = self.cache.header(frame);
             match header.state.try_ref() {
                 RefOutcome::Taken => {
-                    let page = PageRef::adopt(self, frame);
+                    let page = PageRef::adopt(self, key.page, frame);
                     if header.is(key) {
                         return Found::Page(page);
                     }
@@ -306,7 +379,7 @@ impl FilePages {
             self.start_ahead(range, &gate);
         }
         drop(gate);
-        let segments = self.segments_of(folios.iter().map(Folio::frame));
+        let segments = self.segments_of(page, folios.iter().map(Folio::frame));
         let outcome = self.object.read_wait(page * PAGE_SIZE, &segments);
         self.cache.counters.pages_read.add(folios.len() as u64);
         self.end_fill(folios, outcome).map(Some)
@@ -325,8 +398,8 @@ impl FilePages {
                 continue;
             }
             if i == 0 {
-                let frame = folio.frame();
-                first = Some(PageRef::take_locked(self, frame));
+                let (page, frame) = (folio.page(), folio.frame());
+                first = Some(PageRef::take_locked(self, page, frame));
             }
         }
         match (first, outcome.stop) {
@@ -352,10 +425,11 @@ impl FilePages {
         true
     }
 
-    pub(crate) fn segments_of(&self, frames: impl Iterator<Item = Frame>) -> Segments {
-        let mut segments = self.cache.arena.segments();
-        for frame in frames {
-            self.cache.arena.push_frame(&mut segments, frame, 0, PAGE);
+    /// Lists the memory of neighbouring pages.
+    pub(crate) fn segments_of(&self, start: u64, frames: impl Iterator<Item = Frame>) -> Segments {
+        let mut segments = self.homes.segments();
+        for (page, frame) in (start..).zip(frames) {
+            self.homes.push(&mut segments, frame, page, 0, PAGE);
         }
         segments
     }
@@ -409,7 +483,7 @@ impl FilePages {
         counters.pages_read.add(folios.len() as u64);
         counters.pages_read_ahead.add(folios.len() as u64);
         let frames: Vec<Frame> = folios.into_iter().map(Folio::into_frame).collect();
-        let segments = self.segments_of(frames.iter().copied());
+        let segments = self.segments_of(start, frames.iter().copied());
         let file = Arc::clone(self);
         Transfer {
             offset: start * PAGE_SIZE,
@@ -510,8 +584,20 @@ impl FilePages {
                     Err(_) => {}
                 }
             }
+            // A page that moves to its window enters the table before it leaves it, but perhaps behind this look.
+            if self.cache.slots.are_open() && self.is_listed(key) {
+                continue;
+            }
             return Attempt::Gone;
         }
+    }
+
+    /// Tells whether a page is cached, in whatever state; sees one that moves meanwhile.
+    fn is_listed(&self, key: Key) -> bool {
+        let hash = key.hash();
+        let _shard = self.cache.index.lock(hash);
+        let mut frames = self.cache.index.candidates(hash);
+        frames.any(|frame| self.cache.header(frame).is(key))
     }
 
     /// Locks a page for a write of its bytes `from .. to`, with the parts that are not overwritten valid: read, or zero
@@ -561,7 +647,7 @@ impl FilePages {
             };
             drop(gate);
             if needs_read {
-                let segments = self.segments_of(std::iter::once(folio.frame()));
+                let segments = self.segments_of(page, std::iter::once(folio.frame()));
                 let outcome = self.object.read_wait(start, &segments);
                 self.cache.counters.pages_read.bump();
                 if !self.settle_fill(&folio, 0, &outcome)
@@ -582,8 +668,14 @@ impl FilePages {
             return;
         }
         let mut state = self.dirty.lock();
+        let new = state.dirty.insert(page);
+        self.note_dirtied(&mut state, new);
+    }
+
+    /// Accounts for a page that was put into the set of dirty ones, `new` there or not.
+    pub(crate) fn note_dirtied(&self, state: &mut DirtyState, new: bool) {
         state.since.get_or_insert_with(Instant::now);
-        if state.dirty.insert(page) {
+        if new {
             self.cache.dirty_pages.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -616,19 +708,13 @@ impl FilePages {
         }
         if end - range.start <= PROBE_PAGES_MIN.max(self.cache.pages_max() as u64 / 8) {
             return (range.start..end)
-                .filter(|&page| {
-                    let key = self.key(page);
-                    self.cache
-                        .index
-                        .candidates(key.hash())
-                        .any(|frame| self.cache.header(frame).is(key))
-                })
+                .filter(|&page| self.is_listed(self.key(page)))
                 .collect();
         }
+        // A page that moves meanwhile moves to a header that is still to be looked at.
         let mut pages: Vec<u64> = self
             .cache
-            .headers
-            .iter()
+            .headers()
             .filter(|header| header.state.load() != 0)
             .map(super::cache::Header::key)
             .filter(|key| key.file == self.id && (range.start..end).contains(&key.page))
@@ -641,9 +727,10 @@ impl FilePages {
 
     /// Drops every page of `range`, dirty or not, once nobody uses it. The caller keeps pages from coming back.
     pub fn discard(&self, range: Range<u64>) {
+        let mut going = Going::new(self);
         for page in self.cached_pages(range) {
             if let Some(folio) = self.lock(page) {
-                folio.discard();
+                going.push(folio);
             }
         }
     }
@@ -660,6 +747,7 @@ impl FilePages {
             && let Some(folio) = self.lock(end / PAGE_SIZE)
         {
             folio.wait_writeback();
+            folio.protect();
             folio.zero_from(at);
         }
         self.discard(end.div_ceil(PAGE_SIZE)..u64::MAX);
@@ -668,13 +756,14 @@ impl FilePages {
     /// Drops the clean pages of `range`; returns false if any was dirty and stayed.
     pub fn invalidate(&self, range: Range<u64>) -> bool {
         let mut all = true;
+        let mut going = Going::new(self);
         for page in self.cached_pages(range) {
             if let Some(folio) = self.lock(page) {
                 folio.wait_writeback();
                 if folio.is_dirty() {
                     all = false;
                 } else {
-                    folio.discard();
+                    going.push(folio);
                 }
             }
         }
@@ -692,12 +781,14 @@ impl FilePages {
         true
     }
 
-    /// Zeroes what a cached page holds past the file's end without making it dirty (INV7).
+    /// Zeroes what a cached page holds past the file's end without making it dirty (INV7). Stores through mappings that
+    /// come later wait for the lock: they are the new size's.
     pub fn zero_past_end(&self, end: u64) {
         let at = (end % PAGE_SIZE) as usize;
         if at != 0
             && let Some(folio) = self.lock(end / PAGE_SIZE)
         {
+            folio.protect();
             folio.zero_from(at);
         }
     }
@@ -722,5 +813,8 @@ impl Drop for FilePages {
     fn drop(&mut self) {
         // Whoever lets go of the last handle has written back what was worth it; the frames are wanted elsewhere.
         self.discard(0..u64::MAX);
+        if self.homes.window().is_some() {
+            self.cache.slots.forget_window(self.id);
+        }
     }
 }

@@ -6,12 +6,15 @@ use std::mem::ManuallyDrop;
 use pinfold_base::rank::{self, Held, Rank};
 use pinfold_base::{PAGE_SIZE, Progress};
 use pinfold_mem::{CopyStop, Frame, IovCursor};
+use smallvec::SmallVec;
 
 use crate::cache::Cache;
 use crate::file::FilePages;
-use crate::state::{DIRTY, ERROR, UPTODATE, WRITEBACK, is_unused};
+use crate::state::{DIRTY, ERROR, UMAP_RO, UMAP_RW, UPTODATE, WRITEBACK, is_unused};
 
 const PAGE: usize = PAGE_SIZE as usize;
+/// Pages that leave a window with one call at most.
+const GOING_MAX: usize = 64;
 
 /// A page whose lock this thread holds.
 #[derive(Debug)]
@@ -42,11 +45,15 @@ impl<'a> Folio<'a> {
         frame
     }
 
-    fn cache(&self) -> &'a Cache {
+    pub(crate) fn cache(&self) -> &'a Cache {
         self.file.cache()
     }
 
-    fn state(&self) -> u64 {
+    pub(crate) fn homes(&self) -> &'a pinfold_mem::Homes {
+        self.file.homes()
+    }
+
+    pub(crate) fn state(&self) -> u64 {
         self.cache().header(self.frame).state.load()
     }
 
@@ -60,6 +67,18 @@ impl<'a> Folio<'a> {
     #[must_use]
     pub fn frame(&self) -> Frame {
         self.frame
+    }
+
+    /// Returns the library's own address of the page, good while this exists.
+    #[must_use]
+    pub fn addr(&self) -> *mut u8 {
+        self.file.homes().addr(self.frame, self.page)
+    }
+
+    /// Tells whether the page is in its file's window, and may be in user mappings.
+    #[must_use]
+    pub fn in_window(&self) -> bool {
+        self.cache().in_window(self.frame)
     }
 
     /// Tells whether the contents are valid.
@@ -83,17 +102,19 @@ impl<'a> Folio<'a> {
     /// Copies user bytes into the page at `at`, without resolving faults. Not visible before
     /// [`Folio::commit`] unless the page was valid already.
     pub fn copy_in(&self, at: usize, len: usize, source: &mut IovCursor<'_>) -> Progress<CopyStop> {
-        self.cache().arena.copy_frame(self.frame, at, len, source)
+        self.file
+            .homes()
+            .copy(self.frame, self.page, at, len, source)
     }
 
     /// Copies a slice of the library's own into the page.
     pub fn write(&self, at: usize, from: &[u8]) {
-        self.cache().arena.write_frame(self.frame, at, from);
+        self.file.homes().write(self.frame, self.page, at, from);
     }
 
     /// Zeroes a part of the page.
     pub fn zero(&self, at: usize, len: usize) {
-        self.cache().arena.zero(self.frame, at, len);
+        self.file.homes().zero(self.frame, self.page, at, len);
     }
 
     /// Makes the contents valid and dirty, and unlocks the page.
@@ -127,18 +148,34 @@ impl<'a> Folio<'a> {
 
     /// Drops the page, dirty or not, once its users have let go.
     pub fn discard(self) {
+        let mut going = Going::new(self.file);
+        going.push(self);
+    }
+
+    /// Waits until the page may be dropped, and makes it invalid.
+    fn condemn(&self) {
         let cache = self.cache();
-        let state = &cache.header(self.frame).state;
-        state.doom();
+        let before = cache.header(self.frame).state.doom();
+        if before & (UMAP_RO | UMAP_RW) != 0 && !is_unused(before) {
+            // What is waited for may take its time: no mapping shows an invalid page meanwhile (INV1).
+            self.file.unmap(self.page..self.page + 1);
+        }
         cache.wait(self.frame, is_unused);
         // After the wait: a failed write-back may have made the page dirty again.
         self.file.forget_dirty(self.page);
-        let (frame, header) = (self.frame, cache.header(self.frame));
-        let _end = ManuallyDrop::new(self);
-        rank::leave(Rank::Folio);
-        cache.unlist(frame, header);
-        cache.give_frame(frame);
-        cache.counters.dropped.bump();
+    }
+
+    /// Keeps stores through mappings out until somebody who holds the lock lets them in again. The page stays dirty.
+    pub(crate) fn protect(&self) {
+        if self.state() & UMAP_RW != 0 {
+            self.file.protect(self.page..self.page + 1);
+            self.cache().header(self.frame).state.clear(UMAP_RW);
+        }
+    }
+
+    /// Names the page's new frame, after the move.
+    pub(crate) fn set_frame(&mut self, frame: Frame) {
+        self.frame = frame;
     }
 
     /// Sleeps until write-back of the page has ended. Write-back takes no lock of classes 1 to 5, so anybody may wait.
@@ -158,11 +195,69 @@ impl Drop for Folio<'_> {
         let cache = self.file.cache();
         let header = cache.header(self.frame);
         if header.state.load() & UPTODATE == 0 {
-            // Never had contents, so nobody references it.
+            // Never had contents, so nobody references it, and no mapping shows it.
             cache.unlist(self.frame, header);
             cache.give_frame(self.frame);
         } else if header.state.unlock(0, 0) {
             cache.wake(self.frame);
         }
+    }
+}
+
+/// Neighbouring pages on their way out of the cache: locked and invalid until they are gone from every mapping.
+pub(crate) struct Going<'a> {
+    file: &'a FilePages,
+    folios: SmallVec<[Folio<'a>; 1]>,
+}
+
+impl<'a> Going<'a> {
+    pub(crate) fn new(file: &'a FilePages) -> Self {
+        Self {
+            file,
+            folios: SmallVec::new(),
+        }
+    }
+
+    /// Drops a page, once its users have let go; one in a window together with the neighbours that follow.
+    pub(crate) fn push(&mut self, folio: Folio<'a>) {
+        let last = self.folios.last().map(|last| last.page + 1);
+        if last.is_some_and(|next| next != folio.page) || self.folios.len() == GOING_MAX {
+            self.flush();
+        }
+        folio.condemn();
+        let windowed = folio.in_window();
+        if windowed {
+            self.folios.push(folio);
+        } else {
+            folio.leave();
+        }
+    }
+
+    fn flush(&mut self) {
+        let (Some(first), Some(last)) = (self.folios.first(), self.folios.last()) else {
+            return;
+        };
+        self.file.punch(first.page..last.page + 1);
+        for folio in self.folios.drain(..) {
+            folio.leave();
+        }
+    }
+}
+
+impl Drop for Going<'_> {
+    fn drop(&mut self) {
+        self.flush();
+    }
+}
+
+impl Folio<'_> {
+    /// Ends a condemned page that no mapping shows any more.
+    fn leave(self) {
+        let (cache, frame) = (self.cache(), self.frame);
+        let _end = ManuallyDrop::new(self);
+        rank::leave(Rank::Folio);
+        cache.unlist(frame, cache.header(frame));
+        cache.give_frame(frame);
+        cache.counters.dropped.bump();
     }
 }

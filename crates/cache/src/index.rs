@@ -7,7 +7,7 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use parking_lot::{Mutex, MutexGuard};
+use pinfold_base::sync::{Mutex, MutexGuard};
 use pinfold_mem::Frame;
 
 const ENTRIES: usize = 7;

@@ -24,24 +24,33 @@ const LENT_SHARE: usize = 4;
 #[derive(Debug)]
 pub struct PageRef<'a> {
     file: &'a FilePages,
+    page: u64,
     frame: Frame,
 }
 
 impl<'a> PageRef<'a> {
     /// Wraps a frame that the caller has just taken a reference to.
-    pub(crate) fn adopt(file: &'a FilePages, frame: Frame) -> Self {
-        Self { file, frame }
+    #[inline]
+    pub(crate) fn adopt(file: &'a FilePages, page: u64, frame: Frame) -> Self {
+        Self { file, page, frame }
     }
 
     /// Takes a reference to a page whose lock the caller holds and whose contents are valid.
-    pub(crate) fn take_locked(file: &'a FilePages, frame: Frame) -> Self {
+    pub(crate) fn take_locked(file: &'a FilePages, page: u64, frame: Frame) -> Self {
         let outcome = file.cache().header(frame).state.try_ref();
         debug_assert_eq!(
             outcome,
             RefOutcome::Taken,
             "a locked valid page refused a reference"
         );
-        Self { file, frame }
+        Self { file, page, frame }
+    }
+
+    /// Returns the library's own address of the page, good while this exists; it never faults in a way that the library
+    /// would have to resolve.
+    #[must_use]
+    pub fn addr(&self) -> *mut u8 {
+        self.file.homes().addr(self.frame, self.page)
     }
 
     /// Returns the page's frame.
@@ -59,14 +68,13 @@ impl<'a> PageRef<'a> {
         target: &mut IovCursor<'_>,
     ) -> Progress<CopyStop> {
         self.file
-            .cache()
-            .arena
-            .copy_frame(self.frame, at, len, target)
+            .homes()
+            .copy(self.frame, self.page, at, len, target)
     }
 
     /// Copies from the page to a slice of the library's own.
     pub fn read(&self, at: usize, into: &mut [u8]) {
-        self.file.cache().arena.read_frame(self.frame, at, into);
+        self.file.homes().read(self.frame, self.page, at, into);
     }
 }
 
@@ -74,7 +82,7 @@ impl Drop for PageRef<'_> {
     #[inline]
     fn drop(&mut self) {
         if self.file.cache().header(self.frame).state.unref() {
-            self.file.cache().wake(self.frame);
+            self.file.cache().after_unref(self.frame);
         }
     }
 }
@@ -109,7 +117,7 @@ impl Lease {
             file: Arc::clone(file),
             frames: SmallVec::new(),
             promised: pages,
-            segments: cache.arena.segments(),
+            segments: file.homes().segments(),
         })
     }
 
@@ -132,9 +140,8 @@ impl Lease {
         );
         debug_assert!(self.frames.len() < self.promised, "more than was reserved");
         self.file
-            .cache()
-            .arena
-            .push_frame(&mut self.segments, page.frame, at, len);
+            .homes()
+            .push(&mut self.segments, page.frame, page.page, at, len);
         self.frames.push(page.frame);
         // The reference lives on in `frames`.
         std::mem::forget(page);
@@ -167,7 +174,7 @@ impl Drop for Lease {
             .fetch_sub(self.promised, Ordering::Relaxed);
         for &frame in &self.frames {
             if self.file.cache().header(frame).state.unref() {
-                self.file.cache().wake(frame);
+                self.file.cache().after_unref(frame);
             }
         }
     }

@@ -27,12 +27,16 @@ pub mod errseq;
 pub mod file;
 pub mod folio;
 pub mod gate;
+mod home;
 pub mod index;
 pub mod lease;
 pub mod map;
+pub mod pin;
 pub mod policy;
 pub mod readahead;
+mod room;
 pub mod separation;
+mod slots;
 pub mod state;
 pub mod wait;
 pub mod writeback;
@@ -49,7 +53,9 @@ pub use folio::Folio;
 pub use gate::Gate;
 pub use lease::{Lease, PageRef};
 pub use map::{MapOutcome, MapTarget, ReverseMap};
+pub use pin::PagePin;
 pub use readahead::ReadAhead;
+pub use state::PinKind;
 pub use writeback::{Mode, Pace};
 
 /// Why the cache could not do what it was asked for.
@@ -63,6 +69,10 @@ pub enum CacheError {
     WouldBlock,
     /// The caller's cancellation came first.
     Interrupted,
+    /// The system refused what a mapping needs: descriptors, address space, memory.
+    Window(Errno),
+    /// So many transfers use the page that no more can be counted.
+    TooManyPins,
 }
 
 impl CacheError {
@@ -74,6 +84,8 @@ impl CacheError {
             Self::NoFrames => Errno::ENOMEM,
             Self::WouldBlock => Errno::EAGAIN,
             Self::Interrupted => Errno::EINTR,
+            Self::Window(errno) => *errno,
+            Self::TooManyPins => Errno::ENOMEM,
         }
     }
 }
@@ -87,6 +99,8 @@ impl fmt::Display for CacheError {
             }
             Self::WouldBlock => f.write_str("the operation would have to wait"),
             Self::Interrupted => f.write_str("the operation was cancelled"),
+            Self::Window(errno) => write!(f, "the system refused memory for a mapping: {errno}"),
+            Self::TooManyPins => f.write_str("too many transfers use one page"),
         }
     }
 }
@@ -95,7 +109,11 @@ impl std::error::Error for CacheError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Store(error) => Some(error),
-            Self::NoFrames | Self::WouldBlock | Self::Interrupted => None,
+            Self::NoFrames
+            | Self::WouldBlock
+            | Self::Interrupted
+            | Self::Window(_)
+            | Self::TooManyPins => None,
         }
     }
 }

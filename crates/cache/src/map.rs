@@ -6,19 +6,33 @@
 //! *Does not own*: mappings, their descriptors, who waits for a fault ([`MapTarget`] and [`ReverseMap`], which
 //! `pinfold-fault` implements); the move between a page's two homes (`home.rs`).
 //!
-//! *Locking*: entered with nothing held, or from a signal handler with nothing held (`FilePages::try_map`, which waits
+//! *Locking*: entered with nothing held, or from a signal handler with nothing held ([`FilePages::try_map`], which waits
 //! for nobody and allocates nothing). Page tables are changed under the folio's lock; ioctls are leaves.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use pinfold_mem::RawSpan;
-use pinfold_mem::uffd::Installed;
+use pinfold_base::{Errno, PAGE_SIZE};
+use pinfold_mem::uffd::{InstallStop, Installed};
+use pinfold_mem::{Access, RawSpan};
+use smallvec::SmallVec;
+
+use crate::CacheError;
+use crate::file::{Attempt, FilePages, Want};
+use crate::folio::Folio;
+use crate::home::Moving;
+use crate::readahead::ReadAhead;
+use crate::slots::Slot;
+use crate::state::{DIRTY, LOCKED, UMAP_RO, UMAP_RW};
+
+/// Pages installed by one fault at most.
+pub const AROUND_MAX: usize = 16;
 
 /// One user mapping, while the cache serves a fault in it; implemented by `pinfold-fault`.
 ///
 /// Called with folios locked: must take no lock but leaves and touch no user mapping. A mapping that is gone meanwhile
 /// answers [`InstallStop::Gone`](pinfold_mem::uffd::InstallStop::Gone). Whoever waits for the fault is woken by the
-/// caller of `FilePages::map`, once it has returned: an installation that met a mapped page wakes
+/// caller of [`FilePages::map`], once it has returned: an installation that met a mapped page wakes
 /// nobody.
 pub trait MapTarget {
     /// Returns the pages of the file that the mapping shows.
@@ -62,4 +76,480 @@ pub enum MapOutcome {
     Mapped,
     /// The page lies beyond the end of the file.
     BeyondEnd,
+}
+
+/// What became of an attempt to install a locked page.
+enum Tried {
+    Done(MapOutcome),
+    /// The page is pinned or on its way to the store: wait until it may move.
+    Stuck,
+    /// The kernel did not fill the page in for us: fill it by the library's own address.
+    ByHand,
+}
+
+/// Who serves a fault, and what it may do.
+#[derive(Clone, Copy)]
+struct Service<'a> {
+    target: &'a dyn MapTarget,
+    access: Access,
+    /// Fill windows by the library's own address.
+    by_hand: bool,
+    /// Allocates nothing.
+    signal: bool,
+}
+
+impl Service<'_> {
+    /// Tells whether the file has to know of the access.
+    fn stores(&self) -> bool {
+        self.access == Access::Write && self.target.shared()
+    }
+
+    /// Tells whether the page is installed for reading only. A private mapping needs no protection: the kernel copies the
+    /// page at its first store.
+    fn protect(&self) -> bool {
+        self.target.shared() && !self.stores()
+    }
+}
+
+impl FilePages {
+    fn pages_end(&self) -> u64 {
+        self.end().div_ceil(PAGE_SIZE)
+    }
+
+    /// Serves a fault: brings the page in, moves it to the window, makes it dirty before a store can reach it, and installs
+    /// it, with those of its neighbours within `around` that are cached. Nothing may be held.
+    ///
+    /// A page that vanishes meanwhile (evicted, cut off) is answered with [`MapOutcome::Mapped`] as well: the access is
+    /// repeated and faults again. A store makes the page dirty only in a shared mapping.
+    ///
+    /// # Errors
+    /// The store's, of this very page; no room for the page; the system has no memory for it.
+    pub fn map(
+        self: &Arc<Self>,
+        page: u64,
+        access: Access,
+        around: Range<u64>,
+        ahead: Option<&ReadAhead>,
+        target: &dyn MapTarget,
+    ) -> Result<MapOutcome, CacheError> {
+        let want = Want {
+            pages: 1,
+            ahead,
+            nowait: false,
+        };
+        let mut service = Service {
+            target,
+            access,
+            by_hand: !target.shared(),
+            signal: false,
+        };
+        // Taken with nothing held, because it may have to wait; given back unless the page moves.
+        let mut slot = None;
+        // Every round waits for somebody's progress or finds something changed by it, as with `read`.
+        loop {
+            if page >= self.pages_end() {
+                return Ok(MapOutcome::BeyondEnd);
+            }
+            let found = self.read(page, &want)?;
+            if slot.is_none() && !self.cache().in_window(found.frame()) {
+                slot = self.cache().spare_slot();
+                if slot.is_none() {
+                    drop(found);
+                    slot = Some(self.cache().take_slot()?);
+                    continue;
+                }
+            }
+            let attempt = self.try_lock(page);
+            // The reference kept the page until it was locked; a move is none the worse for having no reference to mind.
+            drop(found);
+            let folio = match attempt {
+                Attempt::Locked(folio) => folio,
+                Attempt::Busy(frame) => {
+                    self.cache().wait(frame, |state| state & LOCKED == 0);
+                    continue;
+                }
+                Attempt::Gone => continue,
+            };
+            match self.install(folio, &mut slot, &around, service)? {
+                Tried::Done(outcome) => {
+                    if service.stores() {
+                        self.note_dirty_file();
+                    }
+                    return Ok(outcome);
+                }
+                Tried::Stuck => self.wait_movable(page),
+                Tried::ByHand => service.by_hand = true,
+            }
+        }
+    }
+
+    /// As [`FilePages::map`], as far as it needs no waiting, no allocation and no I/O; may run in a signal handler of a
+    /// thread that holds nothing of the library. `None`: call [`FilePages::map`], elsewhere.
+    pub fn try_map(
+        self: &Arc<Self>,
+        page: u64,
+        access: Access,
+        target: &dyn MapTarget,
+    ) -> Option<MapOutcome> {
+        if page >= self.pages_end() {
+            return Some(MapOutcome::BeyondEnd);
+        }
+        let service = Service {
+            target,
+            access,
+            by_hand: false,
+            signal: true,
+        };
+        let Attempt::Locked(folio) = self.try_lock(page) else {
+            return None;
+        };
+        let mut slot = None;
+        if !folio.in_window() {
+            if !target.shared() || !self.cache().policy.has_room() {
+                return None;
+            }
+            slot = Some(self.cache().spare_slot()?);
+        }
+        if service.stores() && !self.try_note_dirty(&folio) {
+            return None;
+        }
+        match self.install(folio, &mut slot, &(page..page + 1), service) {
+            Ok(Tried::Done(outcome)) => Some(outcome),
+            Ok(Tried::Stuck | Tried::ByHand) | Err(_) => None,
+        }
+    }
+
+    /// Does what a first store through a shared mapping does, without installing anything: the page is cached, valid and
+    /// dirty afterwards. Nothing may be held.
+    ///
+    /// # Errors
+    /// As of [`FilePages::map`].
+    pub fn make_writable(self: &Arc<Self>, page: u64) -> Result<MapOutcome, CacheError> {
+        let Some(folio) = self.lock_valid(page)? else {
+            return Ok(MapOutcome::BeyondEnd);
+        };
+        self.make_dirty(&folio);
+        drop(folio);
+        self.note_dirty_file();
+        Ok(MapOutcome::Mapped)
+    }
+
+    /// Locks a page that is valid and dirty, if nobody else has it: its bytes may be changed, as through a mapping that
+    /// may be stored to, and it stays dirty.
+    #[must_use]
+    pub fn try_lock_dirty(&self, page: u64) -> Option<Folio<'_>> {
+        match self.try_lock(page) {
+            Attempt::Locked(folio) if folio.is_uptodate() && folio.is_dirty() => Some(folio),
+            Attempt::Locked(_) | Attempt::Busy(_) | Attempt::Gone => None,
+        }
+    }
+
+    /// Brings a page in and locks it; `None` beyond the end.
+    pub(crate) fn lock_valid(self: &Arc<Self>, page: u64) -> Result<Option<Folio<'_>>, CacheError> {
+        let want = Want {
+            pages: 1,
+            ahead: None,
+            nowait: false,
+        };
+        loop {
+            if page >= self.pages_end() {
+                return Ok(None);
+            }
+            let found = self.read(page, &want)?;
+            let attempt = self.try_lock(page);
+            drop(found);
+            match attempt {
+                // Looked at again under the lock, which truncation takes after it has set the size (F-3).
+                Attempt::Locked(folio) if page < self.pages_end() => return Ok(Some(folio)),
+                Attempt::Locked(_) => return Ok(None),
+                Attempt::Busy(frame) => self.cache().wait(frame, |state| state & LOCKED == 0),
+                Attempt::Gone => {}
+            }
+        }
+    }
+
+    /// Makes a locked, valid page dirty.
+    pub(crate) fn make_dirty(&self, folio: &Folio<'_>) {
+        self.note_dirty(folio.page(), folio.frame());
+        self.cache().header(folio.frame()).state.set(DIRTY);
+    }
+
+    /// As [`FilePages::make_dirty`], and makes the flusher know the file; false where either would allocate. The page may
+    /// be dirty then without need.
+    fn try_note_dirty(self: &Arc<Self>, folio: &Folio<'_>) -> bool {
+        if !folio.is_dirty() {
+            let mut state = self.dirty.lock();
+            let Some(new) = state.dirty.try_insert(folio.page()) else {
+                return false;
+            };
+            self.note_dirtied(&mut state, new);
+            drop(state);
+            self.cache().header(folio.frame()).state.set(DIRTY);
+        }
+        self.cache().try_enlist_dirty(self)
+    }
+
+    /// Sleeps until a page is neither pinned nor on its way to the store, or gone.
+    fn wait_movable(&self, page: u64) {
+        if let Some(folio) = self.lock(page) {
+            folio.wait_movable();
+        }
+    }
+
+    /// Installs a locked page. `slot` is used up if it moves.
+    fn install<'a>(
+        &'a self,
+        folio: Folio<'a>,
+        slot: &mut Option<Slot<'a>>,
+        around: &Range<u64>,
+        service: Service<'_>,
+    ) -> Result<Tried, CacheError> {
+        let page = folio.page();
+        // Looked at again under the lock, which truncation takes after it has set the size (F-3).
+        if page >= self.pages_end() {
+            return Ok(Tried::Done(MapOutcome::BeyondEnd));
+        }
+        if !folio.is_uptodate() {
+            return Ok(Tried::Stuck);
+        }
+        if service.stores() && !service.signal {
+            // Before anything lets a store in (F-1).
+            self.make_dirty(&folio);
+        }
+        if !folio.in_window() {
+            let Some(slot) = slot.take() else {
+                // It was in the window a moment ago, and has been evicted and read again since.
+                return Ok(Tried::Done(MapOutcome::Mapped));
+            };
+            if !service.signal {
+                self.dirty.lock().dirty.prepare(page);
+            }
+            let moving = match Moving::begin(folio, slot) {
+                Ok(moving) => moving,
+                Err(_stuck) => return Ok(Tried::Stuck),
+            };
+            if !service.by_hand {
+                return Ok(self.install_moving(moving, around, service));
+            }
+            let window = self.window().ok_or(CacheError::Window(Errno::EINVAL))?;
+            window
+                .populate(page..page + 1)
+                .map_err(CacheError::Window)?;
+            let folio = moving.by_hand();
+            return self.install_here(folio, around, service).map(Tried::Done);
+        }
+        self.install_here(folio, around, service).map(Tried::Done)
+    }
+
+    /// Installs a page that is on its way to the window, in the same step, with the neighbours after it that are as well.
+    fn install_moving(
+        &self,
+        first: Moving<'_>,
+        around: &Range<u64>,
+        service: Service<'_>,
+    ) -> Tried {
+        let start = first.page();
+        let mut run: SmallVec<[Moving<'_>; AROUND_MAX]> = SmallVec::new();
+        run.push(first);
+        // Neighbours are for reading, so they travel with a page that is.
+        while service.protect() && run.len() < AROUND_MAX {
+            let page = start + run.len() as u64;
+            let last = run.last().map(Moving::frame);
+            let Some(next) = self.neighbour_to_move(page, last, around, service) else {
+                break;
+            };
+            run.push(next);
+        }
+        let frame = run[0].frame();
+        let span = self.homes().frames_span(frame, run.len());
+        let installed = service.target.copy(start, span, service.protect());
+        for (i, moving) in run.into_iter().enumerate() {
+            // Those that did not make it stay in their frames.
+            if i < installed.pages {
+                let folio = moving.finish();
+                note_mapped(&folio, service.stores() && i == 0);
+            }
+        }
+        if installed.pages > 0 {
+            let next = start + installed.pages as u64;
+            if installed.stop.is_none() {
+                self.install_around(around.start..start, service);
+                self.install_around(next..around.end, service);
+            }
+            return Tried::Done(MapOutcome::Mapped);
+        }
+        match installed.stop {
+            // Unmapped meanwhile: nobody waits for it any more, or faults again and finds another mapping there.
+            Some(InstallStop::Gone) => Tried::Done(MapOutcome::Mapped),
+            _ => Tried::ByHand,
+        }
+    }
+
+    /// Locks a page that can join a run of pages on their way to the window.
+    fn neighbour_to_move(
+        &self,
+        page: u64,
+        last: Option<pinfold_mem::Frame>,
+        around: &Range<u64>,
+        service: Service<'_>,
+    ) -> Option<Moving<'_>> {
+        if !self.may_join(page, around, service) {
+            return None;
+        }
+        let Attempt::Locked(folio) = self.try_lock(page) else {
+            return None;
+        };
+        let adjacent = last.is_none_or(|last| last.0 + 1 == folio.frame().0);
+        if page >= self.pages_end() || !folio.is_uptodate() || folio.in_window() || !adjacent {
+            return None;
+        }
+        // Nothing is evicted for a page that nobody has asked for.
+        let slot = self.cache().spare_slot()?;
+        Moving::begin(folio, slot).ok()
+    }
+
+    fn may_join(&self, page: u64, around: &Range<u64>, service: Service<'_>) -> bool {
+        around.contains(&page)
+            && service.target.covers().contains(&page)
+            && page < self.pages_end()
+            && !service.signal
+    }
+
+    /// Installs a locked page of the window, and its neighbours.
+    fn install_here(
+        &self,
+        folio: Folio<'_>,
+        around: &Range<u64>,
+        service: Service<'_>,
+    ) -> Result<MapOutcome, CacheError> {
+        let page = folio.page();
+        let pages = page..page + 1;
+        let target = service.target;
+        if target.shared() {
+            note_mapped(&folio, service.stores());
+        }
+        if service.access == Access::Write && target.protected() {
+            target.unprotect(pages);
+            return Ok(MapOutcome::Mapped);
+        }
+        match target.resume(pages.clone(), service.protect()).stop {
+            None | Some(InstallStop::Gone) => {}
+            // Another fault was quicker; it may have been one for reading.
+            Some(InstallStop::Exists) if service.access == Access::Write => {
+                target.unprotect(pages);
+            }
+            Some(InstallStop::Exists) => {}
+            Some(InstallStop::NoMemory) => return Err(CacheError::Window(Errno::ENOMEM)),
+            Some(InstallStop::Hole) => return Err(CacheError::Window(Errno::EIO)),
+            Some(InstallStop::Other(errno)) => return Err(CacheError::Window(errno)),
+        }
+        drop(folio);
+        self.install_around(around.start..page, service);
+        self.install_around(page + 1..around.end, service);
+        Ok(MapOutcome::Mapped)
+    }
+
+    /// Installs cached pages of a range for reading, as long as nobody has to be waited for.
+    fn install_around(&self, pages: Range<u64>, service: Service<'_>) {
+        let covers = service.target.covers();
+        let start = pages.start.max(covers.start);
+        let end = pages.end.min(covers.end).min(self.pages_end());
+        let end = end.min(start.saturating_add(AROUND_MAX as u64));
+        if service.signal {
+            return;
+        }
+        let mut page = start;
+        while page < end {
+            let left = page..end;
+            let mut run: SmallVec<[Folio<'_>; AROUND_MAX]> = SmallVec::new();
+            while run.len() < (end - page) as usize {
+                let Some(folio) = self.neighbour_here(page + run.len() as u64) else {
+                    break;
+                };
+                run.push(folio);
+            }
+            if let Some(last) = run.last() {
+                let pages = page..last.page() + 1;
+                page = pages.end;
+                install_run(&run, pages, service);
+                continue;
+            }
+            let moved = if service.target.shared() {
+                self.move_around(&left, service)
+            } else {
+                0
+            };
+            // One that could neither be mapped nor moved is passed over.
+            page += moved.max(1);
+        }
+    }
+
+    /// Locks a page of the window that may be installed.
+    fn neighbour_here(&self, page: u64) -> Option<Folio<'_>> {
+        match self.try_lock(page) {
+            Attempt::Locked(folio) => {
+                let fit = folio.is_uptodate() && folio.in_window() && page < self.pages_end();
+                fit.then_some(folio)
+            }
+            Attempt::Busy(_) | Attempt::Gone => None,
+        }
+    }
+
+    /// Moves and installs neighbours from the first of `pages` on; returns how many.
+    fn move_around(&self, pages: &Range<u64>, service: Service<'_>) -> u64 {
+        let mut run: SmallVec<[Moving<'_>; AROUND_MAX]> = SmallVec::new();
+        while run.len() < AROUND_MAX {
+            let page = pages.start + run.len() as u64;
+            let last = run.last().map(Moving::frame);
+            match self.neighbour_to_move(page, last, pages, service) {
+                Some(next) => run.push(next),
+                None => break,
+            }
+        }
+        let Some(first) = run.first() else {
+            return 0;
+        };
+        let span = self.homes().frames_span(first.frame(), run.len());
+        let installed = service.target.copy(pages.start, span, true).pages;
+        for moving in run.into_iter().take(installed) {
+            note_mapped(&moving.finish(), false);
+        }
+        installed as u64
+    }
+
+    /// Tells for each page of `range` whether it is cached and valid.
+    #[must_use]
+    pub fn resident_map(&self, range: Range<u64>) -> Vec<bool> {
+        range.map(|page| self.get(page).is_some()).collect()
+    }
+}
+
+/// Notes in a locked page's state what mappings may do with it.
+fn note_mapped(folio: &Folio<'_>, stores: bool) {
+    let flags = if stores { UMAP_RO | UMAP_RW } else { UMAP_RO };
+    let before = folio.cache().header(folio.frame()).state.set(flags);
+    debug_assert!(
+        !stores || before & DIRTY != 0,
+        "a page may be stored to before it is dirty (INV2)"
+    );
+}
+
+/// Maps neighbouring pages of the window; those that are mapped already are passed over.
+fn install_run(run: &[Folio<'_>], pages: Range<u64>, service: Service<'_>) {
+    if service.target.shared() {
+        for folio in run {
+            note_mapped(folio, false);
+        }
+    }
+    let mut at = pages.start;
+    while at < pages.end {
+        let installed = service
+            .target
+            .resume(at..pages.end, service.target.shared());
+        at += installed.pages as u64;
+        match installed.stop {
+            Some(InstallStop::Exists) => at += 1,
+            _ => break,
+        }
+    }
 }

@@ -6,14 +6,17 @@
 //! docs/decisions/0004 has the reasons and the hit ratios beside other policies.
 
 use std::collections::VecDeque;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
-use parking_lot::Mutex;
+use pinfold_base::sync::Mutex;
 use pinfold_mem::Frame;
 
 const HEAT_MAX: u8 = 3;
 /// Uses after the first that let a page pass from the small queue to the main one.
 const PROMOTE_HEAT: u8 = 1;
+/// Entries there is room for when a signal handler may add one: more than there are processors to do so at once.
+const ROOM_MIN: usize = 1024;
 /// The small queue's share of the frames.
 const SMALL_SHARE: usize = 10;
 
@@ -53,6 +56,8 @@ struct Queues {
 #[derive(Debug)]
 pub struct Policy {
     uses: Box<[FrameUse]>,
+    /// Of the window slots, which are numbered after the frames.
+    slot_uses: OnceLock<Box<[FrameUse]>>,
     queues: Mutex<Queues>,
     small_target: usize,
 }
@@ -63,6 +68,7 @@ impl Policy {
     pub fn new(frames: usize) -> Self {
         Self {
             uses: (0..frames).map(|_| FrameUse::default()).collect(),
+            slot_uses: OnceLock::new(),
             queues: Mutex::new(Queues {
                 small: VecDeque::new(),
                 main: VecDeque::new(),
@@ -72,10 +78,33 @@ impl Policy {
         }
     }
 
+    /// Makes room for as many window slots as there are frames.
+    pub fn open_slots(&self) {
+        let make = || self.uses.iter().map(|_| FrameUse::default()).collect();
+        self.slot_uses.get_or_init(make);
+        let mut queues = self.queues.lock();
+        queues.small.reserve(ROOM_MIN);
+        queues.main.reserve(ROOM_MIN);
+    }
+
+    #[inline]
+    fn uses(&self, frame: u32) -> &FrameUse {
+        match self.uses.get(frame as usize) {
+            Some(uses) => uses,
+            None => self.uses_of_slot(frame as usize - self.uses.len()),
+        }
+    }
+
+    #[cold]
+    fn uses_of_slot(&self, slot: usize) -> &FrameUse {
+        let slots = self.slot_uses.get();
+        &slots.expect("slots are handed out after `open_slots`")[slot]
+    }
+
     /// Notes a use of a cached page.
     #[inline]
     pub fn touch(&self, frame: Frame) {
-        let heat = &self.uses[frame.0 as usize].heat;
+        let heat = &self.uses(frame.0).heat;
         let now = heat.load(Ordering::Relaxed);
         if now < HEAT_MAX {
             // Racing uses may count once: only "again or not" matters.
@@ -85,7 +114,7 @@ impl Policy {
 
     /// Notes that a page came into `frame`.
     pub fn admit(&self, frame: Frame, hash: u64) {
-        let uses = &self.uses[frame.0 as usize];
+        let uses = self.uses(frame.0);
         uses.heat.store(0, Ordering::Relaxed);
         let entry = Entry {
             frame: frame.0,
@@ -105,11 +134,38 @@ impl Policy {
         }
     }
 
+    /// Tells whether [`Policy::rehome`] would allocate nothing, for as many callers at once as there may be.
+    pub fn has_room(&self) -> bool {
+        let queues = self.queues.lock();
+        let fits = |queue: &VecDeque<Entry>| queue.capacity() - queue.len() >= ROOM_MIN;
+        fits(&queues.small) && fits(&queues.main)
+    }
+
+    /// Notes that a page has moved from one frame to another: what is known of its use goes with it.
+    pub fn rehome(&self, from: Frame, to: Frame, hash: u64) {
+        let heat = self.uses(from.0).heat.load(Ordering::Relaxed);
+        self.forget(from);
+        let uses = self.uses(to.0);
+        uses.heat.store(heat, Ordering::Relaxed);
+        let entry = Entry {
+            frame: to.0,
+            life: uses.life.load(Ordering::Relaxed),
+            hash,
+        };
+        let mut queues = self.queues.lock();
+        if heat >= PROMOTE_HEAT {
+            queues.main.push_back(entry);
+        } else {
+            queues.small.push_back(entry);
+        }
+        if queues.small.len() + queues.main.len() > 2 * self.uses.len() + 64 {
+            self.sweep(&mut queues);
+        }
+    }
+
     /// Notes that a frame was freed, by eviction or otherwise: entries of this life count no more.
     pub fn forget(&self, frame: Frame) {
-        self.uses[frame.0 as usize]
-            .life
-            .fetch_add(1, Ordering::Relaxed);
+        self.uses(frame.0).life.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Proposes pages to `evict` until `want` of them went or everything was asked once; returns how many went.
@@ -131,7 +187,7 @@ impl Policy {
             let Some(entry) = popped else {
                 break;
             };
-            let uses = &self.uses[entry.frame as usize];
+            let uses = self.uses(entry.frame);
             if uses.life.load(Ordering::Relaxed) != entry.life {
                 continue;
             }
@@ -163,9 +219,8 @@ impl Policy {
 
     /// Drops entries whose frame has been freed since.
     fn sweep(&self, queues: &mut Queues) {
-        let lives = |entry: &Entry| {
-            self.uses[entry.frame as usize].life.load(Ordering::Relaxed) == entry.life
-        };
+        let lives =
+            |entry: &Entry| self.uses(entry.frame).life.load(Ordering::Relaxed) == entry.life;
         queues.small.retain(lives);
         queues.main.retain(lives);
     }

@@ -10,6 +10,14 @@
 //!      └────────────────────────────── LOCKED, not UPTODATE      UPTODATE WRITEBACK
 //! ```
 //!
+//! A page that moves from an arena frame to its file's window has a word in each home while it does, both locked by the
+//! mover:
+//!
+//! ```text
+//!   arena frame:  LOCKED UPTODATE ─begin_move─► LOCKED ─end_move─► (none), or ZOMBIE until the last reference goes
+//!   window slot:                       (none) ─install─► LOCKED UPTODATE ─unlock─► UPTODATE
+//! ```
+//!
 //! A page leaves (evicted, truncated, invalidated) only with refs = rpin = wpin = 0 and no WRITEBACK, tested in the
 //! same compare-and-swap that decides (INV8).
 
@@ -36,7 +44,8 @@ pub const PRESENT: u64 = 1 << 7;
 pub const UMAP_RO: u64 = 1 << 8;
 /// A user mapping may write the page.
 pub const UMAP_RW: u64 = 1 << 9;
-/// The page left the file while somebody had it pinned.
+/// The page has moved to its other home; what is left here is a snapshot for those who still reference it. Without
+/// [`PRESENT`], so nobody locks, pins or references it any more.
 pub const ZOMBIE: u64 = 1 << 10;
 /// The page's bytes live in an arena frame.
 pub const HOME_ARENA: u64 = 1 << 11;
@@ -70,6 +79,15 @@ pub enum RefOutcome {
     Busy,
     /// There is no page here any more.
     Gone,
+}
+
+/// What [`StateWord::end_move`] left behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Left {
+    /// Nobody uses the frame any more.
+    pub free: bool,
+    /// Sleepers have to be woken.
+    pub sleepers: bool,
 }
 
 /// A page's state.
@@ -129,13 +147,34 @@ impl StateWord {
         }
     }
 
-    /// Gives a reference back; true when a sleeper has to be woken.
+    /// Gives a reference back; true when it was the last and somebody has to be woken or something buried
+    /// ([`StateWord::bury`]).
     #[inline]
     #[must_use]
     pub fn unref(&self) -> bool {
         let before = self.0.fetch_sub(REF_ONE, Ordering::Release);
         debug_assert_ne!(before & REF_MASK, 0, "a reference was given back twice");
-        before & WAITERS != 0 && before & USERS_MASK == REF_ONE
+        before & (WAITERS | ZOMBIE) != 0 && before & USERS_MASK == REF_ONE
+    }
+
+    /// Ends what a moved page left behind once nobody references it; true for the one caller who then owns the frame.
+    #[must_use]
+    pub fn bury(&self) -> bool {
+        let mut state = self.0.load(Ordering::Relaxed);
+        loop {
+            // Looked at again in the step that decides: the frame may have had another life since the caller's `unref`.
+            if state & ZOMBIE == 0 || state & USERS_MASK != 0 {
+                return false;
+            }
+            // Acquire: whatever the readers read, they have read it.
+            match self
+                .0
+                .compare_exchange_weak(state, 0, Ordering::AcqRel, Ordering::Relaxed)
+            {
+                Ok(_) => return true,
+                Err(now) => state = now,
+            }
+        }
     }
 
     /// Takes the lock if it is free and there is a page; returns the state before.
@@ -170,6 +209,11 @@ impl StateWord {
             (state | set) & !(clear | LOCKED | WAITERS)
         }) & WAITERS
             != 0
+    }
+
+    /// Clears flags; returns the state before.
+    pub fn clear(&self, flags: u64) -> u64 {
+        self.0.fetch_and(!flags, Ordering::AcqRel)
     }
 
     /// Sets flags; returns the state before.
@@ -220,11 +264,71 @@ impl StateWord {
 
     /// Moves a locked page from dirty to under write-back in one step, so that a store after it makes the page dirty
     /// again (G-5); returns the state before.
+    ///
+    /// The caller has write-protected the page in every mapping since it locked it (F-2), and only then reads it.
     pub fn clean_for_write(&self) -> u64 {
         self.change(|state| {
             debug_assert_eq!(state & WRITEBACK, 0, "two write-backs of one page");
-            (state & !(DIRTY | TOWRITE)) | WRITEBACK
+            debug_assert_eq!(write_pins(state), 0, "a device writes to the page (E-5)");
+            (state & !(DIRTY | TOWRITE | UMAP_RW)) | WRITEBACK
         })
+    }
+
+    /// Claims a locked page that device I/O writes to for the write-back of a copy: the page stays dirty (E-9).
+    pub fn copy_for_write(&self) -> u64 {
+        let before = self.set(WRITEBACK);
+        debug_assert_eq!(before & WRITEBACK, 0, "two write-backs of one page");
+        before
+    }
+
+    /// Claims a locked, valid page for the move to its other home: nobody takes a new reference from here on. References
+    /// that are held do not matter ([`StateWord::end_move`]); false, and nothing changed, while it is pinned or under
+    /// write-back.
+    #[must_use]
+    pub fn begin_move(&self) -> bool {
+        let mut state = self.0.load(Ordering::Relaxed);
+        loop {
+            debug_assert_ne!(state & LOCKED, 0, "moving an unlocked page");
+            if state & UPTODATE == 0 || state & (RPIN_MASK | WPIN_MASK | WRITEBACK) != 0 {
+                return false;
+            }
+            match self.0.compare_exchange_weak(
+                state,
+                state & !UPTODATE,
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => return true,
+                Err(now) => state = now,
+            }
+        }
+    }
+
+    /// Takes [`StateWord::begin_move`] back.
+    pub fn undo_move(&self) {
+        self.set(UPTODATE);
+    }
+
+    /// Ends the page in the home it has left, after it is listed in the other. Who still references the frame keeps it
+    /// as a snapshot: he may sit in a signal handler that waits for the very fault this move serves (T67), so nobody may
+    /// wait for him. The frame is the caller's if it is `free`, else the last reference's.
+    #[must_use]
+    pub fn end_move(&self) -> Left {
+        let before = self.change(|state| {
+            debug_assert_eq!(
+                state & (LOCKED | UPTODATE | WRITEBACK),
+                LOCKED,
+                "moved in state {state:#x}"
+            );
+            match state & REF_MASK {
+                0 => 0,
+                refs => refs | ZOMBIE,
+            }
+        });
+        Left {
+            free: before & REF_MASK == 0,
+            sleepers: before & WAITERS != 0,
+        }
     }
 
     /// Ends write-back; true when sleepers have to be woken. `set` is [`ERROR`], [`DIRTY`] or nothing.
@@ -245,13 +349,25 @@ impl StateWord {
     /// # Errors
     /// `EAGAIN` when the page is not there, locked or not valid; `ENOMEM` when the count is at its limit.
     pub fn pin(&self, kind: PinKind) -> Result<u64, Errno> {
+        self.pin_if(kind, PRESENT | UPTODATE)
+    }
+
+    /// As [`StateWord::pin`], by the holder of the page's lock.
+    ///
+    /// # Errors
+    /// As of [`StateWord::pin`], and `EAGAIN` when it is not locked.
+    pub fn pin_locked(&self, kind: PinKind) -> Result<u64, Errno> {
+        self.pin_if(kind, PRESENT | UPTODATE | LOCKED)
+    }
+
+    fn pin_if(&self, kind: PinKind, wanted: u64) -> Result<u64, Errno> {
         let (one, mask, also) = match kind {
             PinKind::Read => (RPIN_ONE, RPIN_MASK, 0),
             PinKind::Write => (WPIN_ONE, WPIN_MASK, DIRTY),
         };
         let mut state = self.0.load(Ordering::Relaxed);
         loop {
-            if state & (PRESENT | UPTODATE | LOCKED | ZOMBIE) != PRESENT | UPTODATE {
+            if state & (PRESENT | UPTODATE | LOCKED | ZOMBIE) != wanted {
                 return Err(Errno::EAGAIN);
             }
             if state & mask == mask {
@@ -312,6 +428,12 @@ impl StateWord {
 #[must_use]
 pub const fn is_unused(state: u64) -> bool {
     state & (USERS_MASK | WRITEBACK) == 0
+}
+
+/// Returns the number of pins of both kinds.
+#[must_use]
+pub const fn pins(state: u64) -> u64 {
+    write_pins(state) + ((state & RPIN_MASK) >> 32)
 }
 
 /// Returns the number of pins for device I/O that writes memory.
@@ -380,6 +502,38 @@ mod tests {
         assert_eq!(word.load(), full);
         word.pin(PinKind::Read).unwrap();
         assert_eq!(write_pins(word.load()), 4095);
+    }
+
+    #[test]
+    fn a_moved_page_is_kept_for_its_reader_and_buried_by_the_last_reference() {
+        let word = page(UPTODATE | DIRTY);
+        assert_eq!(word.try_ref(), RefOutcome::Taken);
+        word.try_lock().unwrap();
+        assert!(word.begin_move());
+        assert_eq!(word.try_ref(), RefOutcome::Busy);
+        let left = word.end_move();
+        assert!(!left.free && !word.bury());
+        assert_eq!(word.try_ref(), RefOutcome::Gone);
+        assert!(word.try_lock().is_err() && !word.begin_evict());
+        assert!(word.unref() && word.bury());
+        assert!(!word.bury());
+        assert_eq!(word.load(), 0);
+    }
+
+    #[test]
+    fn a_pinned_page_does_not_move() {
+        let word = page(UPTODATE);
+        word.pin(PinKind::Read).unwrap();
+        word.try_lock().unwrap();
+        let before = word.load();
+        assert!(!word.begin_move());
+        assert_eq!(word.load(), before);
+        let _ = word.unpin(PinKind::Read);
+        assert!(word.begin_move());
+        word.undo_move();
+        word.pin_locked(PinKind::Write).unwrap();
+        assert!(!word.begin_move());
+        assert_ne!(word.load() & DIRTY, 0);
     }
 
     #[test]

@@ -3,6 +3,10 @@
 //! One pass over a file: take the set of dirty pages as it is now (the TOWRITE tag: what becomes dirty later cannot
 //! prolong the pass, G-1), lock each, move it from DIRTY to WRITEBACK in one step, unlock it, and send runs of
 //! neighbours as one transfer. The completion takes no lock of classes 1 to 5, so anybody above may wait for it.
+//!
+//! Neighbours that user mappings may store to are locked together, write-protected in every mapping with one call, and
+//! only then marked clean and read: a store either comes before and is written, or faults, waits for the lock, and makes
+//! the page dirty again (F-2, F-8). A page that a device writes to is written as a copy and stays dirty (E-9).
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -10,16 +14,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use pinfold_base::sync::{Condvar, Mutex};
 use pinfold_base::{Errno, PAGE_SIZE, Progress};
-use pinfold_mem::Frame;
+use pinfold_mem::{AlignedBuf, Frame, Segments};
 use pinfold_store::{Operation, StoreError, Transfer};
+use smallvec::SmallVec;
 
 use crate::CacheError;
 use crate::cache::Cache;
 use crate::file::{Attempt, FilePages};
 use crate::folio::Folio;
-use crate::state::{DIRTY, ERROR, WRITEBACK};
+use crate::state::{DIRTY, ERROR, UMAP_RW, WRITEBACK, write_pins};
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// Pages in one write transfer at most: 1 MiB.
@@ -28,6 +33,8 @@ const TRANSFER_PAGES_MAX: usize = 256;
 const IN_FLIGHT_MAX: usize = 16;
 /// Transfers gathered before they are submitted together.
 const SUBMIT_BATCH: usize = 4;
+/// Pages locked together to be write-protected with one call, at most.
+const HELD_MAX: usize = 64;
 /// Pages one opportunistic visit to a file writes at most, so that no file starves the others.
 const VISIT_PAGES_MAX: usize = 8192;
 /// The longest a writer sleeps in one go.
@@ -73,7 +80,7 @@ impl Pass {
     fn wait_below(&self, limit: usize) {
         let mut state = self.state.lock();
         while state.in_flight >= limit {
-            self.changed.wait(&mut state);
+            state = self.changed.wait(state);
         }
     }
 
@@ -111,11 +118,14 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn accepts(&self, page: u64) -> bool {
-        self.frames.is_empty()
-            || (self.start + self.frames.len() as u64 == page
-                && self.frames.len() < TRANSFER_PAGES_MAX
-                && self.last_len == PAGE)
+    /// Tells whether `page` goes on where the run and `held` pages after it end.
+    fn accepts(&self, page: u64, held: &[Folio<'_>]) -> bool {
+        let next = match held.last() {
+            Some(last) => last.page() + 1,
+            None if self.frames.is_empty() => return true,
+            None => self.start + self.frames.len() as u64,
+        };
+        next == page && self.frames.len() + held.len() < TRANSFER_PAGES_MAX && self.last_len == PAGE
     }
 
     fn push(&mut self, page: u64, frame: Frame, len: usize) {
@@ -135,7 +145,7 @@ impl<'a> Run<'a> {
         self.last_len = PAGE;
         let segments = self
             .file
-            .segments_of(frames.iter().copied())
+            .segments_of(self.start, frames.iter().copied())
             .slice(0, bytes);
         let counters = &self.file.cache().counters;
         counters.write_transfers.bump();
@@ -188,6 +198,8 @@ struct Sweep<'a> {
     mode: Mode,
     pass: Arc<Pass>,
     run: Run<'a>,
+    /// Pages after the run that user mappings may store to: locked, to be protected together.
+    held: SmallVec<[Folio<'a>; 1]>,
     batch: Vec<Transfer>,
     /// Pages whose bytes another pass is storing: to be waited for at the end.
     elsewhere: Vec<u64>,
@@ -198,7 +210,7 @@ impl<'a> Sweep<'a> {
     /// Moves one page from DIRTY to WRITEBACK and gathers it, unless it is gone, clean, past the end, or not worth
     /// waiting for.
     fn visit(&mut self, page: u64) {
-        if !self.run.accepts(page) {
+        if !self.run.accepts(page, &self.held) {
             self.close_run();
             if self.batch.len() >= SUBMIT_BATCH {
                 self.send();
@@ -227,10 +239,70 @@ impl<'a> Sweep<'a> {
         if !folio.is_dirty() {
             return;
         }
+        let state = folio.state();
+        if write_pins(state) > 0 {
+            // A device writes to it: what it writes later must not look stored (E-5).
+            if self.mode == Mode::Integrity {
+                self.send_copy(folio);
+            }
+        } else if state & UMAP_RW != 0 || !self.held.is_empty() {
+            self.held.push(folio);
+            if self.held.len() == HELD_MAX {
+                self.clean_held();
+            }
+        } else {
+            self.gather(folio);
+        }
+    }
+
+    /// Takes stores through mappings away from the pages held, then gathers them.
+    fn clean_held(&mut self) {
+        if let (Some(first), Some(last)) = (self.held.first(), self.held.last()) {
+            self.file.protect(first.page()..last.page() + 1);
+        }
+        for folio in std::mem::take(&mut self.held) {
+            self.gather(folio);
+        }
+    }
+
+    fn gather(&mut self, folio: Folio<'a>) {
+        let page = folio.page();
         if let Some((frame, len)) = self.file.start_write(folio) {
             self.run.push(page, frame, len);
             self.sent += 1;
         }
+    }
+
+    /// Sends a copy of a page that stays dirty.
+    fn send_copy(&mut self, folio: Folio<'a>) {
+        self.close_run();
+        let (page, frame) = (folio.page(), folio.frame());
+        let Some(len) = self.file.len_to_write(page) else {
+            return;
+        };
+        let mut copy = AlignedBuf::zeroed(PAGE);
+        let bytes = &mut copy.as_mut_slice()[..len];
+        self.file.homes().read(frame, page, 0, bytes);
+        let cache = self.file.cache();
+        cache.header(frame).state.copy_for_write();
+        self.file.dirty.lock().writing.insert(page);
+        cache.writing_pages.fetch_add(1, Ordering::Relaxed);
+        drop(folio);
+        cache.counters.write_transfers.bump();
+        cache.counters.pages_written.bump();
+        self.pass.begin();
+        let (file, pass) = (Arc::clone(self.file), Arc::clone(&self.pass));
+        self.batch.push(Transfer {
+            offset: page * PAGE_SIZE,
+            segments: Segments::of_buf(&Arc::new(copy), len),
+            done: Box::new(move |outcome| {
+                let outcome = nothing_missing(outcome, page * PAGE_SIZE, len as u64);
+                file.end_write_back(page, &[frame], &outcome);
+                drop(file);
+                pass.end(outcome.stop);
+            }),
+        });
+        self.sent += 1;
     }
 
     fn lock(&mut self, page: u64) -> Option<Folio<'a>> {
@@ -245,6 +317,7 @@ impl<'a> Sweep<'a> {
     }
 
     fn close_run(&mut self) {
+        self.clean_held();
         self.batch.extend(self.run.take_transfer(&self.pass));
     }
 
@@ -275,6 +348,7 @@ impl FilePages {
             mode,
             pass: Arc::new(Pass::default()),
             run: Run::new(self),
+            held: SmallVec::new(),
             batch: Vec::new(),
             elsewhere: under_way,
             sent: 0,
@@ -316,13 +390,7 @@ impl FilePages {
     /// Moves a locked dirty page to WRITEBACK and unlocks it; `None` when it lies past the end.
     fn start_write(&self, folio: Folio<'_>) -> Option<(Frame, usize)> {
         let page = folio.page();
-        let end = self.end();
-        let start = page * PAGE_SIZE;
-        if start >= end {
-            // A truncation under way has lowered the size and is about to drop the page: it waits for nobody but it.
-            return None;
-        }
-        let len = usize::try_from(end - start).unwrap_or(PAGE).min(PAGE);
+        let len = self.len_to_write(page)?;
         if len < PAGE {
             // The tail is zeroed every time it is written (INV7, F-6).
             folio.zero_from(len);
@@ -347,12 +415,26 @@ impl FilePages {
         Some((frame, len))
     }
 
+    /// Returns how many bytes of a page are the file's; `None` when it lies past the end.
+    fn len_to_write(&self, page: u64) -> Option<usize> {
+        // A truncation under way may have lowered the size and be about to drop the page: it waits for nobody but it.
+        let len = self.end().checked_sub(page * PAGE_SIZE)?;
+        let len = usize::try_from(len).unwrap_or(PAGE).min(PAGE);
+        (len > 0).then_some(len)
+    }
+
     /// Ends write-back of neighbouring pages. Runs in a completion.
     fn end_write_back(&self, start: u64, frames: &[Frame], outcome: &Progress<StoreError>) {
         let cache = self.cache();
         if let Some(error) = outcome.stop {
             cache.counters.write_errors.bump();
             self.errors().set(error.errno);
+        }
+        if let Some(window) = self.window()
+            && frames.iter().any(|&frame| cache.in_window(frame))
+        {
+            // The transfer went by the library's own address: without this the pages would count twice in the process.
+            window.drop_alias(start..start + frames.len() as u64);
         }
         for (i, &frame) in frames.iter().enumerate() {
             let page = start + i as u64;
@@ -472,6 +554,20 @@ impl Cache {
         }
     }
 
+    /// As [`Cache::enlist_dirty`]; false where that would allocate.
+    pub(crate) fn try_enlist_dirty(&self, file: &Arc<FilePages>) -> bool {
+        if file.listed.load(Ordering::SeqCst) {
+            return true;
+        }
+        let mut files = self.dirty_files.lock();
+        if files.len() == files.capacity() {
+            return false;
+        }
+        files.insert(file.id(), Arc::clone(file));
+        file.listed.store(true, Ordering::SeqCst);
+        true
+    }
+
     /// Forgets files that have become clean.
     fn delist_clean(&self) {
         let mut gone = Vec::new();
@@ -495,9 +591,8 @@ impl Cache {
             let starved = {
                 let mut wanted = self.flusher.wanted.lock();
                 if !wanted.kick && !wanted.stop {
-                    self.flusher
-                        .kicked
-                        .wait_for(&mut wanted, self.config.flush_interval);
+                    let until = Instant::now() + self.config.flush_interval;
+                    wanted = self.flusher.kicked.wait_until(wanted, until);
                 }
                 if wanted.stop {
                     return;

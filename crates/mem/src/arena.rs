@@ -397,30 +397,29 @@ impl Arena {
         self.fixed_stopped.load(Ordering::Acquire)
     }
 
-    /// Returns the frames of the populated granule with the most free ones, and how many those are.
+    /// Returns the frames of the populated granule with the most free ones, and how many those are; passes over the
+    /// granules that begin with one of `except`.
     #[must_use]
-    pub fn emptiest(&self) -> Option<(FrameRun, usize)> {
+    pub fn emptiest(&self, except: &[Frame]) -> Option<(FrameRun, usize)> {
         let growth = self.growth.lock();
         let free = self.free.lock();
-        let mut best: Option<(usize, usize)> = None;
+        let mut best: Option<(FrameRun, usize)> = None;
         for granule in (0..growth.granules.len()).filter(|&granule| growth.granules[granule]) {
             let frames = self.frames_of(granule);
+            // Both fit: `Arena::new` bounds the number of frames by u32.
+            let run = FrameRun {
+                start: Frame(frames.start as u32),
+                len: frames.len() as u32,
+            };
             let (count, all) = (free.count(frames.clone()), frames.len());
-            if best.is_none_or(|(_, most)| count > most) {
-                best = Some((granule, count));
-            }
-            if count == all {
-                break;
+            if best.is_none_or(|(_, most)| count > most) && !except.contains(&run.start) {
+                best = Some((run, count));
+                if count == all {
+                    break;
+                }
             }
         }
-        let (granule, count) = best?;
-        let frames = self.frames_of(granule);
-        // Both fit: `Arena::new` bounds the number of frames by u32.
-        let run = FrameRun {
-            start: Frame(frames.start as u32),
-            len: frames.len() as u32,
-        };
-        Some((run, count))
+        best
     }
 
     /// Gives the memory of the granule that holds `frame` back to the system, and its pages to the budget; false when
@@ -720,7 +719,7 @@ mod tests {
         for frame in [20, 21, 23, 40] {
             arena.free(Frame(frame));
         }
-        let (granule, free) = arena.emptiest().unwrap();
+        let (granule, free) = arena.emptiest(&[]).unwrap();
         assert_eq!((granule.start, granule.len, free), (Frame(20), 4, 3));
         assert!(!arena.retire(Frame(20)) && !arena.fixed_stopped());
         arena.free(Frame(22));

@@ -106,6 +106,8 @@ impl Error {
             CacheError::NoFrames => Self::new(operation, ErrorKind::NoFrames),
             CacheError::WouldBlock => Self::new(operation, ErrorKind::WouldBlock),
             CacheError::Interrupted => Self::new(operation, ErrorKind::Interrupted),
+            CacheError::TooManyPins => Self::new(operation, ErrorKind::NoFrames).caused_by(error),
+            CacheError::Window(errno) => Self::invalid(operation, errno).caused_by(error),
         }
     }
 

@@ -384,7 +384,7 @@ fn memory_that_was_given_back_is_not_read_into_as_a_fixed_buffer() {
     assert_eq!(run(&engine, Op::Write, &file, 0, page_of(frame)), whole);
     let fixed = engine.statistics().pieces_fixed;
     arena.free(frame);
-    let (granule, _) = arena.emptiest().unwrap();
+    let (granule, _) = arena.emptiest(&[]).unwrap();
     assert!(arena.retire(granule.start));
     // All frames there are, the ones of the granule among them: its memory is new.
     while let Some(frames) = arena.alloc(64).unwrap() {

@@ -1,0 +1,255 @@
+//! How a page gets a place when none is free.
+//!
+//! *Owns*: the order of attempts. A frame: a free one, memory the budget still has, or what the policy gives up; pages
+//! evicted from windows are saved up until the arena can grow by a granule. A slot: what the budget has, a granule of the
+//! arena that is (nearly) free, or what the policy gives up. The policy chooses over both homes, so the shares follow use.
+//!
+//! *Does not own*: the choice of the page ([`crate::policy`]), the account ([`Arena`](pinfold_mem::Arena)).
+//!
+//! *Locking*: waits with nothing but classes 1 to 4 held. Eviction takes folio locks by trying.
+
+use std::time::{Duration, Instant};
+
+use pinfold_mem::{Charge, Frame, FrameRun};
+use smallvec::SmallVec;
+
+use crate::CacheError;
+use crate::cache::{Cache, Header};
+use crate::policy::Verdict;
+use crate::slots::Slot;
+use crate::state::{DIRTY, LOCKED, PRESENT, UPTODATE, USERS_MASK, WRITEBACK};
+
+/// Pages freed at once when there is no room left.
+const RECLAIM_BATCH: usize = 32;
+/// How long an allocation waits for write-back or other users before it gives up.
+const WAIT_MAX: Duration = Duration::from_secs(60);
+/// How often a waiting allocation looks again although nobody woke it.
+const WAIT_STEP: Duration = Duration::from_millis(50);
+/// Granules looked at for one that can be emptied.
+const GRANULES_TRIED_MAX: usize = 4;
+/// The arena keeps at least this share of the budget: fills and writes need frames, however much is mapped.
+const ARENA_SHARE: usize = 8;
+
+impl Cache {
+    /// Takes one frame, evicting if need be; waits for write-back if everything is dirty.
+    pub(crate) fn take_frame(&self) -> Result<Frame, CacheError> {
+        self.wait_for(|| self.try_take_frames(1).pop())
+    }
+
+    /// Takes a slot, evicting if need be; waits for write-back if everything is dirty.
+    pub(crate) fn take_slot(&self) -> Result<Slot<'_>, CacheError> {
+        self.wait_for(|| self.try_take_slot())
+    }
+
+    fn wait_for<T>(&self, mut attempt: impl FnMut() -> Option<T>) -> Result<T, CacheError> {
+        let mut deadline = None;
+        loop {
+            let seen = *self.progress.lock();
+            if let Some(taken) = attempt() {
+                return Ok(taken);
+            }
+            let now = Instant::now();
+            if now >= *deadline.get_or_insert(now + WAIT_MAX) {
+                return Err(CacheError::NoFrames);
+            }
+            self.counters.frame_waits.bump();
+            self.press();
+            let progress = self.progress.lock();
+            if *progress == seen {
+                let until = Instant::now() + WAIT_STEP;
+                drop(self.progressed.wait_until(progress, until));
+            }
+        }
+    }
+
+    fn reclaim_batch(&self) -> usize {
+        RECLAIM_BATCH.min(self.pages_max() / 8)
+    }
+
+    /// Attempts that free at least a granule, of pages in either home.
+    fn rounds_max(&self) -> usize {
+        if self.slots.are_open() {
+            self.arena.granule() / self.reclaim_batch() + 2
+        } else {
+            1
+        }
+    }
+
+    /// Takes up to `want` frames, adjacent where possible, without waiting for anybody.
+    pub(crate) fn try_take_frames(&self, want: usize) -> SmallVec<[Frame; 1]> {
+        let mut frames = SmallVec::new();
+        let mut saved = self.arena.no_charge();
+        let mut rounds = 0;
+        while frames.len() < want {
+            let ask = u32::try_from(want - frames.len()).unwrap_or(u32::MAX);
+            // A refusal by the system counts as "none free": the budget then is what it has given so far.
+            if let Ok(Some(run)) = self.arena.alloc_from(ask, &mut saved) {
+                frames.extend(run.frames());
+                continue;
+            }
+            let enough = rounds > 0 && !frames.is_empty();
+            if enough || rounds == self.rounds_max() {
+                break;
+            }
+            rounds += 1;
+            let batch = (want - frames.len()).max(self.reclaim_batch());
+            if self.reclaim(batch, &mut saved) == 0 {
+                break;
+            }
+        }
+        frames
+    }
+
+    /// Takes a slot without waiting for anybody.
+    pub(crate) fn try_take_slot(&self) -> Option<Slot<'_>> {
+        for _ in 0..=self.rounds_max() {
+            if let Some(slot) = self.spare_slot() {
+                return Some(slot);
+            }
+            if self.shrink_arena() {
+                continue;
+            }
+            let mut saved = self.arena.no_charge();
+            if self.reclaim(self.reclaim_batch(), &mut saved) == 0 {
+                return None;
+            }
+            if let Some(slot) = self.slot_from(&mut saved) {
+                return Some(slot);
+            }
+        }
+        None
+    }
+
+    /// Gives a granule of the arena back if so many frames are free; evicts what is left in it.
+    fn shrink_arena(&self) -> bool {
+        let arena = &self.arena;
+        let least = (self.pages_max() / ARENA_SHARE).max(2 * arena.granule());
+        let mut tried: SmallVec<[Frame; GRANULES_TRIED_MAX]> = SmallVec::new();
+        while tried.len() < GRANULES_TRIED_MAX {
+            // Several may shrink it at once: by a granule each below the least, which matters to nobody.
+            if arena.populated() < least + arena.granule() || arena.free_frames() < arena.granule()
+            {
+                return false;
+            }
+            let Some((granule, _)) = arena.emptiest(&tried) else {
+                return false;
+            };
+            if self.empty(granule) && arena.retire(granule.start) {
+                return true;
+            }
+            tried.push(granule.start);
+        }
+        false
+    }
+
+    /// Evicts every page of a granule, unless one of them must stay.
+    fn empty(&self, granule: FrameRun) -> bool {
+        let in_use = |frame: Frame| {
+            let state = self.header(frame).state.load();
+            state & (LOCKED | DIRTY | WRITEBACK | USERS_MASK) != 0
+        };
+        if granule.frames().any(in_use) {
+            return false;
+        }
+        for frame in granule.frames() {
+            let header = self.header(frame);
+            if header.state.load() & PRESENT != 0 && header.state.begin_evict() {
+                self.unlist(frame, header);
+                self.give_frame(frame);
+                self.counters.evicted.bump();
+            }
+        }
+        true
+    }
+
+    /// Evicts clean, unused pages of both homes; returns how many. The pages of the budget that were in windows come
+    /// into `saved`.
+    pub(crate) fn reclaim(&self, want: usize, saved: &mut Charge<'_>) -> usize {
+        let mut frames: SmallVec<[Frame; RECLAIM_BATCH]> = SmallVec::new();
+        let mut slots: SmallVec<[Frame; RECLAIM_BATCH]> = SmallVec::new();
+        let mut dirty_seen = 0usize;
+        self.policy.evict(want, |frame| {
+            let header = self.header(frame);
+            if !header.state.begin_evict() {
+                dirty_seen += usize::from(header.state.load() & DIRTY != 0);
+                return Verdict::Keep;
+            }
+            if self.in_window(frame) {
+                slots.push(frame);
+            } else {
+                self.unlist(frame, header);
+                frames.push(frame);
+            }
+            Verdict::Evicted
+        });
+        self.arena.free_all(&frames);
+        let dropped = self.evict_slots(&mut slots);
+        saved.take_over(dropped);
+        let evicted = frames.len() + dropped;
+        self.counters.evicted.add(evicted as u64);
+        if dirty_seen > want {
+            self.kick_flusher(true);
+        }
+        evicted
+    }
+
+    /// Drops pages that were claimed for eviction out of their windows, neighbours together; returns how many went.
+    ///
+    /// They stay locked and listed until they are gone from every mapping, so that no fault brings one back early. They
+    /// are clean, so they are write-protected in every mapping (INV2) and no store is lost.
+    fn evict_slots(&self, slots: &mut [Frame]) -> usize {
+        slots.sort_unstable_by_key(|&frame| {
+            let key = self.header(frame).key();
+            (key.file, key.page)
+        });
+        let key = |frame: Frame| self.header(frame).key();
+        let follows = |a: &Frame, b: &Frame| {
+            let (a, b) = (key(*a), key(*b));
+            a.file == b.file && a.page + 1 == b.page
+        };
+        let mut gone = 0;
+        for run in slots.chunk_by(follows) {
+            let first = key(run[0]);
+            let pages = first.page..first.page + run.len() as u64;
+            let punched = self
+                .slots
+                .window(first.file)
+                .is_none_or(|window| window.punch(pages).is_ok());
+            for &frame in run {
+                let header = self.header(frame);
+                if punched {
+                    self.unlist(frame, header);
+                    self.give_slot_number(frame);
+                    gone += 1;
+                } else {
+                    // The system would not: the page is as good as before.
+                    self.policy.admit(frame, header.key().hash());
+                    if header.state.unlock(UPTODATE, 0) {
+                        self.wake(frame);
+                    }
+                }
+            }
+        }
+        gone
+    }
+
+    /// Takes a locked, doomed, unused page out of the index and ends its state. The frame is the caller's then.
+    pub(crate) fn unlist(&self, frame: Frame, header: &Header) {
+        let hash = header.key().hash();
+        self.index.remove(&self.index.lock(hash), hash, frame);
+        if header.state.release() {
+            self.wake(frame);
+        }
+    }
+
+    /// Gives a frame back that `unlist` ended; one in a window has been punched out of it.
+    pub(crate) fn give_frame(&self, frame: Frame) {
+        self.policy.forget(frame);
+        if self.in_window(frame) {
+            self.give_slot(frame);
+        } else {
+            self.arena.free(frame);
+        }
+        self.note_progress();
+    }
+}
