@@ -27,12 +27,15 @@ use crate::folio::Folio;
 use crate::state::{DIRTY, ERROR, UMAP_RW, WRITEBACK, write_pins};
 
 const PAGE: usize = PAGE_SIZE as usize;
-/// Pages in one write transfer at most: 1 MiB.
-const TRANSFER_PAGES_MAX: usize = 256;
+/// Pages in one write transfer at most: 4 MiB. A filesystem makes direct writes that extend a file wait for each other,
+/// so the device is idle between two of them: the longer each is, the less.
+const TRANSFER_PAGES_MAX: usize = 1024;
 /// Transfers of one pass in flight at most.
-const IN_FLIGHT_MAX: usize = 16;
+const IN_FLIGHT_MAX: usize = 8;
 /// Transfers gathered before they are submitted together.
 const SUBMIT_BATCH: usize = 4;
+/// Bytes gathered before they are submitted, however few transfers they make.
+const SUBMIT_BYTES: usize = 1 << 20;
 /// Pages locked together to be write-protected with one call, at most.
 const HELD_MAX: usize = 64;
 /// Pages one opportunistic visit to a file writes at most, so that no file starves the others.
@@ -212,7 +215,8 @@ impl<'a> Sweep<'a> {
     fn visit(&mut self, page: u64) {
         if !self.run.accepts(page, &self.held) {
             self.close_run();
-            if self.batch.len() >= SUBMIT_BATCH {
+            let bytes: usize = self.batch.iter().map(|one| one.segments.bytes()).sum();
+            if self.batch.len() >= SUBMIT_BATCH || bytes >= SUBMIT_BYTES {
                 self.send();
             }
         }
