@@ -51,8 +51,8 @@ use split::{Parts, Split, Way};
 /// A read of the file's tail takes up to this many bytes before it along through the plain descriptor: one system call
 /// instead of two transfers. More would let the kernel cache what is cached here.
 pub const PLAIN_WHOLE_MAX: u64 = 16 << 10;
-/// A waited-for read of registered memory at least this long goes through the ring. The hand-over to the ring's thread and
-/// back costs what fixed buffers save at 1 MiB (54-77 against 58-63 us of CPU); at 4 MiB it is half (170 against 66-87).
+/// A waited-for transfer of registered memory at least this long goes through the ring. The hand-over to the ring's thread and
+/// back costs what fixed buffers save at 1 MiB (reads: 54-77 against 58-63 us of CPU); at 4 MiB it is half (170 against 66-87).
 const RING_WAIT_MIN: usize = 1 << 20;
 /// The size above which a larger transfer is no faster on the devices measured.
 const TRANSFER_BEST: u32 = 1 << 20;
@@ -314,6 +314,64 @@ impl DirObject {
         self.engine.submit(requests);
     }
 
+    /// Tells whether a transfer that is waited for costs less by way of the ring.
+    fn ring_is_cheaper(&self, segments: &Segments) -> bool {
+        segments.bytes() >= RING_WAIT_MIN && self.engine.fixed_chunks() > 0
+    }
+
+    /// Moves one range in the calling thread, part by part.
+    fn transfer_here(&self, op: Op, offset: u64, segments: &Segments) -> Progress<StoreError> {
+        let len = segments.bytes() as u64;
+        let named = |errno| error(operation(op), offset, len, errno);
+        let Some(pair) = self.core.pair(op) else {
+            return Progress::stopped(0, named(Errno::EBADF));
+        };
+        let split = self.core.split(op, &pair, offset, segments);
+        let transfer = match op {
+            Op::Read => Engine::read_wait,
+            Op::Write => Engine::write_wait,
+        };
+        let mut done = 0;
+        let mut stop = None;
+        for part in split.parts() {
+            let (from, want) = ((part.start - offset) as usize, part.end - part.start);
+            let part_segments;
+            let memory = if want == len {
+                segments
+            } else {
+                part_segments = segments.slice(from, want as usize);
+                &part_segments
+            };
+            let plain = || transfer(&pair.plain, part.start, memory, 1);
+            let progress = match (part.way, &pair.direct) {
+                (Way::Direct, Some(direct)) => {
+                    let progress = transfer(direct, part.start, memory, pair.block);
+                    if split::refuses_direct(progress) {
+                        self.core.refused.store(true, Ordering::Relaxed);
+                        plain()
+                    } else {
+                        progress
+                    }
+                }
+                _ => plain(),
+            };
+            done += progress.done;
+            stop = progress.stop;
+            if stop.is_some() || progress.done < want {
+                break;
+            }
+        }
+        if op == Op::Write && done > 0 {
+            self.core
+                .len_seen
+                .fetch_max(offset + done, Ordering::Relaxed);
+        }
+        match stop {
+            Some(errno) => Progress::stopped(done, named(errno)),
+            None => Progress::complete(done),
+        }
+    }
+
     /// Turns a transfer into requests, one for each part of its range.
     fn prepare(
         &self,
@@ -512,7 +570,7 @@ impl Object for DirObject {
     }
 
     fn read_wait(&self, offset: u64, segments: &Segments) -> Progress<StoreError> {
-        if segments.bytes() >= RING_WAIT_MIN && self.engine.fixed_chunks() > 0 {
+        if self.ring_is_cheaper(segments) {
             return wait_for(|done| {
                 self.read(vec![Transfer {
                     offset,
@@ -521,44 +579,24 @@ impl Object for DirObject {
                 }]);
             });
         }
-        let len = segments.bytes() as u64;
-        let named = |errno| error(Operation::Read, offset, len, errno);
-        let Some(pair) = self.core.pair(Op::Read) else {
-            return Progress::stopped(0, named(Errno::EBADF));
-        };
-        let split = self.core.split(Op::Read, &pair, offset, segments);
-        let mut done = 0;
-        for part in split.parts() {
-            let (from, want) = ((part.start - offset) as usize, part.end - part.start);
-            let part_segments;
-            let memory = if want == len {
-                segments
-            } else {
-                part_segments = segments.slice(from, want as usize);
-                &part_segments
-            };
-            let plain = || Engine::read_wait(&pair.plain, part.start, memory, 1);
-            let progress = match (part.way, &pair.direct) {
-                (Way::Direct, Some(direct)) => {
-                    let progress = Engine::read_wait(direct, part.start, memory, pair.block);
-                    if split::refuses_direct(progress) {
-                        self.core.refused.store(true, Ordering::Relaxed);
-                        plain()
-                    } else {
-                        progress
-                    }
-                }
-                _ => plain(),
-            };
-            done += progress.done;
-            if let Some(stop) = progress.stop {
-                return Progress::stopped(done, named(stop));
-            }
-            if progress.done < want {
-                break;
-            }
+        self.transfer_here(Op::Read, offset, segments)
+    }
+
+    fn write_wait(&self, offset: u64, segments: &Segments) -> Progress<StoreError> {
+        let end = offset.saturating_add(segments.bytes() as u64);
+        // Whoever writes is bound by the limit before he comes here. What it refuses now was accepted under a higher one:
+        // here it would be SIGXFSZ for the program's thread, on the ring's it is an error that can be mended.
+        let past_limit = limits::file_size().is_some_and(|limit| end > limit);
+        if past_limit || self.ring_is_cheaper(segments) {
+            return wait_for(|done| {
+                self.write(vec![Transfer {
+                    offset,
+                    segments: segments.clone(),
+                    done,
+                }]);
+            });
         }
-        Progress::complete(done)
+        self.transfer_here(Op::Write, offset, segments)
     }
 
     fn len(&self) -> StoreResult<u64> {

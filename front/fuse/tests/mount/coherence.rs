@@ -142,6 +142,67 @@ fn nothing_older_than_a_finished_direct_write_is_read() {
     );
 }
 
+/// Interleaving C-1 through the kernel: a read while a direct write is under way brings the old bytes into the kernel's
+/// cache, after the kernel has invalidated it; they must not stay. The write is asynchronous: after others Linux 6.18
+/// invalidates by itself, but here it does so when the write has been sent.
+#[test]
+fn old_bytes_read_during_a_direct_write_are_gone_after_it() {
+    use pinfold::testing::{Action, FaultyObject, On, Rule};
+    use pinfold_mem::uring::{Engine, EngineConfig, Op, Request};
+    use pinfold_store::Operation;
+    const STEP: Duration = Duration::from_millis(300);
+    let layer = |inner| -> std::sync::Arc<dyn pinfold::Object> {
+        let faulty = FaultyObject::new(inner);
+        let slow = Action::Delay(3 * STEP);
+        faulty.add(Rule::new(On::Only(Operation::Allocate), slow));
+        faulty
+    };
+    let fixture = mounted_with(|b| b.object_layer(std::sync::Arc::new(layer)));
+    let Some(fixture) = fixture else { return };
+    let engine = Engine::start(EngineConfig::automatic(None)).unwrap();
+    let path = fixture.mnt.join("a");
+    fs::write(&path, [b'0'; 4096]).unwrap();
+    let cached = fs::File::open(&path).unwrap();
+    let mut options = fs::OpenOptions::new();
+    let direct = options.write(true).custom_flags(libc::O_DIRECT);
+    let direct = direct.open(&path).unwrap();
+    let read = || {
+        let mut page = [0; 4096];
+        cached.read_exact_at(&mut page, 0).unwrap();
+        page[0]
+    };
+    let inside = fixture.volume.root().lookup("a".as_ref()).unwrap();
+    let inside = inside
+        .open(&pinfold::OpenOptions::new().write(true))
+        .unwrap();
+    thread::scope(|scope| {
+        // Holds the inode's lock, for which the write waits while reads do not.
+        scope.spawn(|| {
+            inside
+                .allocate(pinfold::AllocateMode::KeepSize, 0..4096)
+                .unwrap();
+        });
+        thread::sleep(STEP);
+        let mut buf = pinfold_mem::AlignedBuf::zeroed(4096);
+        buf.as_mut_slice().fill(b'1');
+        let (tell, told) = std::sync::mpsc::channel();
+        engine.submit([Request {
+            op: Op::Write,
+            file: std::sync::Arc::new(direct.into()),
+            offset: 0,
+            segments: pinfold_mem::Segments::of_buf(&std::sync::Arc::new(buf), 4096),
+            block: 4096,
+            done: Box::new(move |progress| tell.send(progress).unwrap()),
+        }]);
+        thread::sleep(STEP);
+        assert_eq!(read(), b'0', "the write is under way");
+        assert!(told.try_recv().is_err(), "the write is under way");
+        let progress = told.recv().unwrap();
+        assert_eq!((progress.done, progress.stop), (4096, None));
+    });
+    assert_eq!(read(), b'1');
+}
+
 /// The other way round: what was written through the cache is what a direct read sees.
 #[test]
 fn nothing_older_than_a_finished_cached_write_is_read_directly() {

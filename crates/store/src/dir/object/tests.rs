@@ -93,7 +93,9 @@ fn write(object: &dyn Object, offset: u64, bytes: &[u8]) -> Progress<StoreError>
         segments: segments(bytes),
         done: Box::new(move |p| tell.send(p).unwrap()),
     }]);
-    told.recv_timeout(PATIENCE).expect("a write must end")
+    let progress = told.recv_timeout(PATIENCE).expect("a write must end");
+    assert_eq!(object.write_wait(offset, &segments(bytes)), progress);
+    progress
 }
 
 /// Reads by completion and by waiting, which must agree.
@@ -113,6 +115,26 @@ fn read(object: &dyn Object, offset: u64, len: usize) -> (Progress<StoreError>, 
     assert!(bytes[..done] == waited.to_vec()[..done]);
     bytes.truncate(done);
     (progress, bytes)
+}
+
+#[test]
+fn a_waited_for_write_is_made_by_the_calling_thread_whatever_its_alignment() {
+    let f = fixture(b"");
+    let mut expected = Vec::new();
+    let submitted = || f.object.engine.statistics().submitted;
+    let before = submitted();
+    for (offset, len) in [(0, 50_000), (4096, 8192), (4000, 200), (49_000, 30_001)] {
+        let data = pattern(len, offset as u64);
+        let progress = f.object.write_wait(offset as u64, &segments(&data));
+        assert_eq!(progress, Progress::complete(len as u64));
+        expected.resize(expected.len().max(offset + len), 0);
+        expected[offset..offset + len].copy_from_slice(&data);
+        assert!(
+            std::fs::read(&f.path).unwrap() == expected,
+            "{len} at {offset}"
+        );
+    }
+    assert_eq!(submitted(), before, "nothing went through the engine");
 }
 
 #[test]
