@@ -498,7 +498,9 @@ fn serve_mapped(addr: usize, access: Access) -> bool {
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: it stays valid as long as the thread lives.
     let before = unsafe { errno.read() };
-    let verdict = crate::mapped::find(addr, |memory, _| memory.signal_fault(addr, access));
+    let verdict = crate::stacks::run_apart(|| {
+        crate::mapped::find(addr, |memory, _| memory.signal_fault(addr, access))
+    });
     // SAFETY: as above.
     unsafe { errno.write(before) };
     verdict == Some(crate::mapped::SignalVerdict::Resolved)

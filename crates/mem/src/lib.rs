@@ -31,6 +31,7 @@ pub mod region;
 #[cfg(test)]
 mod region_for_tests;
 pub mod span;
+mod stacks;
 pub mod sys;
 pub mod uffd;
 pub mod uring;

@@ -55,7 +55,8 @@ pub enum Lent {
 pub trait MappedMemory: Send + Sync {
     /// Serves SIGBUS at `addr`, in a thread that holds no lock of the library.
     ///
-    /// Async-signal-safe: allocates nothing, takes no lock that a program can hold.
+    /// Async-signal-safe: allocates nothing, takes no lock that a program can hold. Called on a stack of 128 KiB that is
+    /// set aside for it, with all other signals blocked; a panic ends the process.
     fn signal_fault(&self, addr: usize, access: Access) -> SignalVerdict;
 
     /// Gives `copy` the library's own address of up to `len` bytes at `addr` for the time of the call, if they can be had
@@ -84,6 +85,8 @@ pub enum InsertError {
     TooMany,
     /// The range is empty, or part of it is in the table.
     Taken,
+    /// No memory for the stacks that faults are served on.
+    NoMemory,
 }
 
 impl InsertError {
@@ -91,7 +94,7 @@ impl InsertError {
     #[must_use]
     pub fn errno(self) -> Errno {
         match self {
-            Self::TooMany => Errno::ENOMEM,
+            Self::TooMany | Self::NoMemory => Errno::ENOMEM,
             Self::Taken => Errno::EEXIST,
         }
     }
@@ -102,6 +105,7 @@ impl fmt::Display for InsertError {
         match self {
             Self::TooMany => write!(f, "{MAPPINGS_MAX} mappings are in use"),
             Self::Taken => write!(f, "the address range is mapped already"),
+            Self::NoMemory => write!(f, "no memory to serve faults with"),
         }
     }
 }
@@ -148,6 +152,7 @@ pub fn insert(
     memory: Arc<dyn MappedMemory>,
 ) -> Result<Registration, InsertError> {
     crate::forked::watch();
+    crate::stacks::prepare().map_err(|_| InsertError::NoMemory)?;
     let entry = Arc::new(Entry {
         range,
         memory,

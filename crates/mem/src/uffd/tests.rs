@@ -122,6 +122,7 @@ impl Rig {
 impl MappedMemory for Rig {
     fn signal_fault(&self, addr: usize, access: Access) -> SignalVerdict {
         self.signals.lock().unwrap().push((addr, access));
+        set_errno(libc::EDOM);
         self.serve(addr, access);
         SignalVerdict::Resolved
     }
@@ -139,6 +140,13 @@ impl MappedMemory for Rig {
     fn fault_in(&self, _: usize, len: usize, _: Access) -> usize {
         len
     }
+}
+
+fn set_errno(value: i32) {
+    // SAFETY: the address of this thread's errno.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: valid as long as the thread lives.
+    unsafe { errno.write(value) };
 }
 
 fn load(addr: usize) -> u8 {
@@ -173,7 +181,14 @@ fn fact_1_an_inline_fault_is_byte_exact_and_says_what_it_wanted() {
         let rig = Rig::new(Delivery::Inline, Privilege::ANY);
         let _table = rig.in_table();
         // Missing, for a load: mapped for reading.
+        set_errno(libc::ERANGE);
         assert_eq!(load(rig.at(0, 123)), b'a');
+        let errno = std::io::Error::last_os_error().raw_os_error();
+        assert_eq!(
+            errno,
+            Some(libc::ERANGE),
+            "served as if nothing had happened"
+        );
         assert_eq!(rig.told(), [(rig.at(0, 123), Access::Read)]);
         assert_eq!(load(rig.at(0, 4000)), b'a');
         assert_eq!(rig.told(), []);
