@@ -15,8 +15,8 @@ use pinfold_mem::Frame;
 const HEAT_MAX: u8 = 3;
 /// Uses after the first that let a page pass from the small queue to the main one.
 const PROMOTE_HEAT: u8 = 1;
-/// Entries there is room for when a signal handler may add one: more than there are processors to do so at once.
-const ROOM_MIN: usize = 1024;
+/// Entries there is room for when a signal handler may add one: more than add one at once.
+const ROOM_MIN: usize = 256;
 /// The small queue's share of the frames.
 const SMALL_SHARE: usize = 10;
 
@@ -82,9 +82,7 @@ impl Policy {
     pub fn open_slots(&self) {
         let make = || self.uses.iter().map(|_| FrameUse::default()).collect();
         self.slot_uses.get_or_init(make);
-        let mut queues = self.queues.lock();
-        queues.small.reserve(ROOM_MIN);
-        queues.main.reserve(ROOM_MIN);
+        keep_room(&mut self.queues.lock());
     }
 
     #[inline]
@@ -131,6 +129,9 @@ impl Policy {
         }
         if queues.small.len() + queues.main.len() > 2 * self.uses.len() + 64 {
             self.sweep(&mut queues);
+        }
+        if self.slot_uses.get().is_some() {
+            keep_room(&mut queues);
         }
     }
 
@@ -223,6 +224,15 @@ impl Policy {
             |entry: &Entry| self.uses(entry.frame).life.load(Ordering::Relaxed) == entry.life;
         queues.small.retain(lives);
         queues.main.retain(lives);
+    }
+}
+
+/// Sees to it that signal handlers find room for a while.
+fn keep_room(queues: &mut Queues) {
+    for queue in [&mut queues.small, &mut queues.main] {
+        if queue.capacity() - queue.len() <= ROOM_MIN {
+            queue.reserve(4 * ROOM_MIN);
+        }
     }
 }
 

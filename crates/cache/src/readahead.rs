@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::Mutex;
+use pinfold_base::sync::Mutex;
 
 const WINDOW_FIRST: u64 = 8;
 const NONE: u64 = u64::MAX;

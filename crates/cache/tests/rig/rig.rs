@@ -54,11 +54,23 @@ impl Rig {
     }
 
     pub fn with(config: CacheConfig) -> Self {
-        let cache = Cache::new(CacheConfig {
+        Self::exactly(CacheConfig {
             memory: MEMORY_MIN,
             ..config
         })
-        .unwrap();
+    }
+
+    /// With a budget of many chunks, most of them never touched.
+    pub fn with_room() -> Self {
+        Self::exactly(CacheConfig {
+            memory: 64 << 20,
+            flush_interval: Duration::from_millis(10),
+            ..CacheConfig::default()
+        })
+    }
+
+    fn exactly(config: CacheConfig) -> Self {
+        let cache = Cache::new(config).unwrap();
         let flusher = Some(cache.start_flusher().unwrap());
         Self { cache, flusher }
     }

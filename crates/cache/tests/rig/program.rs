@@ -1,0 +1,215 @@
+//! A program with a mapping of a file, and a thread that serves its faults in the simplest way.
+#![allow(dead_code, reason = "each test uses its part")]
+#![allow(
+    unsafe_code,
+    reason = "its own loads and stores are what the cache is tested with"
+)]
+
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+
+use pinfold_cache::{FilePages, MapOutcome, MapTarget, ReverseMap};
+use pinfold_mem::uffd::{Event, Installed, ScanFor, scan};
+use pinfold_mem::{Delivery, Privilege, RawSpan, Uffd, UserMap, UserMapKind};
+
+const PAGE: usize = 4096;
+const SERVERS: usize = 2;
+
+/// The mapping and what serves it.
+pub struct Program {
+    inner: Arc<Inner>,
+    servers: Vec<JoinHandle<()>>,
+}
+
+struct Inner {
+    file: Arc<FilePages>,
+    uffd: Uffd,
+    map: OnceLock<UserMap>,
+}
+
+impl Program {
+    /// Maps the first `pages` of a file; `None` where the system has no userfaultfd for us.
+    pub fn start(file: &Arc<FilePages>, pages: u64, kind: UserMapKind) -> Option<Self> {
+        let uffd = match Uffd::open(Delivery::Handler, Privilege::ANY, false) {
+            Ok(uffd) => uffd,
+            Err(error) => {
+                eprintln!("skipped: {error}");
+                return None;
+            }
+        };
+        let inner = Arc::new(Inner {
+            file: Arc::clone(file),
+            uffd,
+            map: OnceLock::new(),
+        });
+        let reverse = Arc::new(Reverse(Arc::downgrade(&inner)));
+        let window = file.open_window(pages, reverse).unwrap();
+        let map = window.user_map(0..pages, kind).unwrap();
+        inner.uffd.register(&map).unwrap();
+        assert!(inner.map.set(map).is_ok());
+        let servers = (0..SERVERS)
+            .map(|_| {
+                let inner = Arc::clone(&inner);
+                std::thread::spawn(move || inner.serve())
+            })
+            .collect();
+        Some(Self { inner, servers })
+    }
+
+    fn addr(&self, page: u64, at: usize) -> usize {
+        self.inner.map().addr_of(page).unwrap() + at
+    }
+
+    /// Loads a byte as the program's own instructions would.
+    pub fn load(&self, page: u64, at: usize) -> u8 {
+        let addr = std::ptr::with_exposed_provenance::<u8>(self.addr(page, at));
+        // SAFETY: in the user map, which lives as long as `self`, and into which no references exist.
+        unsafe { addr.read_volatile() }
+    }
+
+    /// Stores a byte.
+    pub fn store(&self, page: u64, at: usize, byte: u8) {
+        let addr = std::ptr::with_exposed_provenance_mut::<u8>(self.addr(page, at));
+        // SAFETY: as for `load`.
+        unsafe { addr.write_volatile(byte) };
+    }
+
+    /// Loads an aligned word.
+    pub fn load_word(&self, page: u64, at: usize) -> u64 {
+        let addr = std::ptr::with_exposed_provenance::<u64>(self.addr(page, at));
+        // SAFETY: as for `load`; `at` is a multiple of eight.
+        u64::from_le(unsafe { addr.read_volatile() })
+    }
+
+    /// Stores an aligned word.
+    pub fn store_word(&self, page: u64, at: usize, word: u64) {
+        let addr = std::ptr::with_exposed_provenance_mut::<u64>(self.addr(page, at));
+        // SAFETY: as for `load_word`.
+        unsafe { addr.write_volatile(word.to_le()) };
+    }
+
+    /// Returns from the first to after the last page that is mapped.
+    pub fn mapped(&self) -> Range<u64> {
+        let map = self.inner.map();
+        let present = |page: &u64| {
+            let at = map.addr_of(*page).unwrap();
+            let mut found = false;
+            scan(at..at + PAGE, ScanFor::Present, |_| found = true).unwrap();
+            found
+        };
+        let mut pages = map.pages().filter(present);
+        let Some(first) = pages.next() else {
+            return 0..0;
+        };
+        first..pages.last().unwrap_or(first) + 1
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        self.inner.uffd.stop();
+        for server in self.servers.drain(..) {
+            let served = server.join();
+            assert!(served.is_ok() || std::thread::panicking());
+        }
+    }
+}
+
+impl Inner {
+    fn map(&self) -> &UserMap {
+        self.map.get().unwrap()
+    }
+
+    fn serve(&self) {
+        let mut events = [Event::NONE; 8];
+        loop {
+            let count = self.uffd.read_events(&mut events).unwrap();
+            if count == 0 {
+                return;
+            }
+            for event in &events[..count] {
+                let page = self.map().page_at(event.addr).unwrap();
+                let around = page.saturating_sub(8)..page + 8;
+                let outcome = self.file.map(page, event.access, around, None, self);
+                assert_eq!(outcome, Ok(MapOutcome::Mapped), "page {page}");
+                let at = self.map().addr_of(page).unwrap();
+                self.uffd.wake(at, PAGE).unwrap();
+            }
+        }
+    }
+
+    fn range(&self, pages: &Range<u64>) -> (usize, usize) {
+        let at = self.map().addr_of(pages.start).unwrap();
+        (at, (pages.end - pages.start) as usize * PAGE)
+    }
+}
+
+impl MapTarget for Inner {
+    fn covers(&self) -> Range<u64> {
+        self.map().pages()
+    }
+
+    fn shared(&self) -> bool {
+        self.map().kind() != UserMapKind::Private
+    }
+
+    fn copy(&self, page: u64, from: RawSpan, protect: bool) -> Installed {
+        let at = self.map().addr_of(page).unwrap();
+        self.uffd.copy(at, from, protect)
+    }
+
+    fn resume(&self, pages: Range<u64>, protect: bool) -> Installed {
+        let (at, len) = self.range(&pages);
+        self.uffd.resume(at, len, protect)
+    }
+
+    fn unprotect(&self, pages: Range<u64>) {
+        let (at, len) = self.range(&pages);
+        self.uffd.unprotect(at, len).unwrap();
+    }
+}
+
+impl MapTarget for Program {
+    fn covers(&self) -> Range<u64> {
+        self.inner.covers()
+    }
+
+    fn shared(&self) -> bool {
+        self.inner.shared()
+    }
+
+    fn copy(&self, page: u64, from: RawSpan, protect: bool) -> Installed {
+        self.inner.copy(page, from, protect)
+    }
+
+    fn resume(&self, pages: Range<u64>, protect: bool) -> Installed {
+        self.inner.resume(pages, protect)
+    }
+
+    fn unprotect(&self, pages: Range<u64>) {
+        self.inner.unprotect(pages);
+    }
+}
+
+/// The file's mappings, of which there is one.
+struct Reverse(std::sync::Weak<Inner>);
+
+impl ReverseMap for Reverse {
+    fn unmap(&self, pages: Range<u64>) {
+        if let Some(inner) = self.0.upgrade()
+            && inner.shared()
+        {
+            inner.map().drop_entries(pages).unwrap();
+        }
+    }
+
+    fn protect(&self, pages: Range<u64>) {
+        if let Some(inner) = self.0.upgrade()
+            && inner.shared()
+        {
+            let (at, len) = inner.range(&pages);
+            inner.uffd.protect(at, len).unwrap();
+        }
+    }
+}
