@@ -4,16 +4,22 @@ use parking_lot::Mutex;
 
 type Work = Box<dyn Fn() + Send>;
 
-static WORK: Mutex<Vec<Work>> = Mutex::new(Vec::new());
+/// Each with the process it was registered in.
+static WORK: Mutex<Vec<(u32, Work)>> = Mutex::new(Vec::new());
 static REGISTERED: std::sync::Once = std::sync::Once::new();
 
-/// Runs `work` at the end of the process. It should cost nothing once it has lost its purpose: it is never taken back.
+/// Runs `work` at the end of this process, and not at that of a forked child, which has the memory but none of the threads the
+/// work may wait for. It should cost nothing once it has lost its purpose: it is never taken back.
 pub fn at_exit(work: Work) {
     REGISTERED.call_once(|| {
         extern "C" fn run() {
             // A thread that exits while another registers must not hang the exit.
             if let Some(work) = WORK.try_lock_for(std::time::Duration::from_secs(1)) {
-                for work in work.iter() {
+                let me = std::process::id();
+                for (_, work) in work
+                    .iter()
+                    .filter(|(registered_in, _)| *registered_in == me)
+                {
                     work();
                 }
             }
@@ -22,5 +28,5 @@ pub fn at_exit(work: Work) {
         // panic in an extern "C" function aborts a process that is ending anyway.
         unsafe { libc::atexit(run) };
     });
-    WORK.lock().push(work);
+    WORK.lock().push((std::process::id(), work));
 }
