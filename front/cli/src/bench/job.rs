@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use pinfold::{File, OpenOptions, Volume};
+use pinfold::{AlignedBuf, File, OpenOptions, Volume};
 use serde::{Deserialize, Serialize};
 
 use super::group;
 use super::scratch::{self, CHUNK, Offsets, PAGE, drop_cached};
-use super::{instructions, memory};
+use super::{instructions, memory, stream};
 
 /// Who serves the reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +23,8 @@ pub(super) enum Via {
     Pinfold,
     /// pread(2), in the control group of the job.
     Kernel,
+    /// pread(2) with O_DIRECT: no cache at all.
+    Direct,
 }
 
 /// What a child does.
@@ -107,6 +109,7 @@ pub(super) fn run_child(job: &str) -> Result<()> {
             };
             match via {
                 Via::Kernel => kernel_reads(&dir.join(name), memory, &pace)?,
+                Via::Direct => direct_reads(&dir.join(name), &pace)?,
                 Via::Pinfold => pinfold_reads(&dir, &name, memory, &pace)?,
             }
         }
@@ -129,6 +132,11 @@ fn kernel_reads(path: &Path, memory: u64, pace: &Pace) -> Result<Report> {
     // What others were charged for would be had for nothing here.
     drop_cached(&file)?;
     scratch::read_all(&file, memory.min(pace.size))?;
+    measure(pace, |buf, at| Ok(file.read_at(buf, at).map(drop)?))
+}
+
+fn direct_reads(path: &Path, pace: &Pace) -> Result<Report> {
+    let file = stream::direct(path, false)?;
     measure(pace, |buf, at| Ok(file.read_at(buf, at).map(drop)?))
 }
 
@@ -156,10 +164,12 @@ fn measure(pace: &Pace, read: impl Fn(&mut [u8], u64) -> Result<()> + Sync) -> R
                 let (stop, total, read) = (&stop, &total, &read);
                 scope.spawn(move || -> Result<()> {
                     let mut offsets = Offsets::new(pace.size, number as u64 + 1);
-                    let mut buf = vec![0; PAGE];
+                    // Aligned, because direct reads want it.
+                    let mut memory = AlignedBuf::zeroed(PAGE);
+                    let buf = memory.as_mut_slice();
                     while !stop.load(Ordering::Relaxed) {
                         for _ in 0..16 {
-                            read(&mut buf, offsets.next())?;
+                            read(buf, offsets.next())?;
                         }
                         total.fetch_add(16, Ordering::Relaxed);
                     }

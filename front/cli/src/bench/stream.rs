@@ -154,7 +154,8 @@ fn writes(plan: &Plan) -> Result<Vec<Row>> {
     ])
 }
 
-fn direct(path: &Path, new: bool) -> Result<File> {
+/// Opens a file whose transfers by-pass the kernel's cache.
+pub(super) fn direct(path: &Path, new: bool) -> Result<File> {
     std::fs::OpenOptions::new()
         .read(true)
         .write(true)
