@@ -196,6 +196,8 @@ pub enum Weather {
     WritesFail,
     /// Every write of data takes this long.
     WritesTake(Duration),
+    /// Every read of data takes this long.
+    ReadsTake(Duration),
 }
 
 /// A file system whose store can be made to fail.

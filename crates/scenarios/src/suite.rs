@@ -8,9 +8,12 @@
 
 mod access;
 mod buffered;
+mod coherence;
 mod direct;
+mod entangled;
 mod maps;
 mod pattern;
+mod pins;
 mod race;
 mod sources;
 mod writeback;
@@ -36,6 +39,9 @@ pub fn all() -> Vec<&'static Scenario> {
         direct::SCENARIOS,
         sources::SCENARIOS,
         maps::SCENARIOS,
+        entangled::SCENARIOS,
+        coherence::SCENARIOS,
+        pins::SCENARIOS,
         writeback::SCENARIOS,
     ]
     .into_iter()

@@ -13,24 +13,15 @@ const OPEN: &[(&str, &str, &str)] = &[];
 
 /// What cannot be run yet, or never will be: (scenario, reason it is skipped for).
 const MISSING: &[(&str, &str)] = &[
-    ("T08", NO_EXTENTS),
-    ("T10", NO_MAPS),
-    ("T11", NO_MAPS),
-    ("T12", NO_MAPS),
-    ("T20", NO_MAPS),
-    ("T21", NO_MAPS),
-    ("T22", NO_MAPS),
-    ("T23", NO_MAPS),
-    ("T24", NO_MAPS),
-    ("T53", NO_MAPS),
-    ("T54", NO_MAPS),
-    ("T55", NO_MAPS),
-    ("T56", NO_MAPS),
-    ("T57", NO_MAPS),
-    ("T66", NO_MAPS),
-    ("T67", NO_MAPS),
+    ("T08", "the library has no query of extents"),
+    ("T52", "nobody counts pins here"),
 ];
-const NO_EXTENTS: &str = "the library has no query of extents";
+/// What cannot be run until the library maps files, and the reason it is skipped for.
+const NEED_MAPS: &[&str] = &[
+    "T10", "T11", "T12", "T20", "T21", "T22", "T23", "T24", "T29", "T30", "T31", "T32", "T33",
+    "T34", "T36", "T40", "T45", "T46", "T48", "T49", "T50", "T53", "T54", "T55", "T56", "T57",
+    "T66", "T67",
+];
 const NO_MAPS: &str = "the library does not map files yet";
 
 fn is_open(scenario: &str, failure: &Failure) -> bool {
@@ -52,7 +43,9 @@ fn judged(records: &[Record]) {
                 .iter()
                 .all(|failure| is_open(&record.scenario, failure)),
             Outcome::Skipped { reason } => {
-                MISSING.contains(&(record.scenario.as_str(), reason.as_str()))
+                let number = record.scenario.as_str();
+                MISSING.contains(&(number, reason.as_str()))
+                    || NEED_MAPS.contains(&number) && reason == NO_MAPS
             }
             Outcome::Passed { .. } => true,
             _ => false,

@@ -124,7 +124,7 @@ impl Fs for Kernel {
             turn: Box::new(move |weather| match weather {
                 Weather::Fair => store.accept_data(),
                 Weather::WritesFail => store.refuse_data(),
-                Weather::WritesTake(_) => {
+                Weather::WritesTake(_) | Weather::ReadsTake(_) => {
                     Err("no slow block device without device-mapper's delay target".into())
                 }
             }),

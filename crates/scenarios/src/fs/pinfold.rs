@@ -161,6 +161,9 @@ impl Weather {
             Self::Fair => {}
             Self::WritesFail => object.add(Rule::new(write, Action::Fail(Errno::EIO))),
             Self::WritesTake(time) => object.add(Rule::new(write, Action::Delay(time))),
+            Self::ReadsTake(time) => {
+                object.add(Rule::new(On::Only(Operation::Read), Action::Delay(time)));
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Buffered writers and readers that race: T13, T14.
+//! Buffered writers and readers that race: T13 to T15.
 
 use std::ops::Range;
 use std::sync::RwLock;
@@ -33,6 +33,14 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         known: &[],
         seconds_max: 120,
         run: size_after_data,
+    },
+    Scenario {
+        number: "T15",
+        name: "append_race",
+        claim: "records that eight threads append are all there, whole, and in each thread's order",
+        known: &[],
+        seconds_max: 120,
+        run: append_race,
     },
 ];
 
@@ -307,4 +315,61 @@ fn read_tail(
         seen.fetch_add(1, Ordering::Relaxed);
     }
     Ok(())
+}
+
+/// Threads of T15, and bytes of one record: a letter for the thread, the number of the record, the letter again.
+const APPENDERS: u64 = 8;
+const RECORD: usize = 100;
+
+fn append_race(cx: &Context<'_>) -> Result<(), Stop> {
+    let file = cx.fresh("file")?;
+    let counts = std::thread::scope(|scope| {
+        let appenders: Vec<_> = (0..APPENDERS)
+            .map(|number| scope.spawn(move || append_records(cx, number)))
+            .collect();
+        appenders
+            .into_iter()
+            .map(|appender| joined(appender.join()))
+            .collect::<Result<Vec<u64>, Stop>>()
+    })?;
+    let all: u64 = counts.iter().sum();
+    cx.equal("size", file.size()?, all * RECORD as u64);
+    file.drop_cache()?;
+    let bytes = super::pattern::read(&*file, 0..all * RECORD as u64)?;
+    let mut next = [0; APPENDERS as usize];
+    for (at, got) in bytes.chunks(RECORD).enumerate() {
+        let number = u64::from(got[0].wrapping_sub(b'a'));
+        let expected = next.get_mut(number as usize).map(|next| {
+            *next += 1;
+            record(number, *next - 1)
+        });
+        let whole = expected.is_some_and(|expected| expected == got);
+        if !cx.check("records", whole, || {
+            format!("record {at} of thread {number}")
+        }) {
+            break;
+        }
+    }
+    cx.equal("records of each", next.to_vec(), counts);
+    cx.note(format!("{all} appends"));
+    Ok(())
+}
+
+fn record(number: u64, count: u64) -> Vec<u8> {
+    let mut record = vec![b'a' + number as u8; RECORD];
+    record[1..9].copy_from_slice(&count.to_ne_bytes());
+    record
+}
+
+fn append_records(cx: &Context<'_>, number: u64) -> Result<u64, Stop> {
+    let appender = cx.fs().open("file", Open::EXISTING.appending())?;
+    let source = Region::pages(1)?;
+    let mut count = 0;
+    while cx.goes_on(count, 1_000..10_000) {
+        source.put(0, &record(number, count))?;
+        let wrote = appender.write(&source.iov(0..RECORD), At::Position, How::PLAIN);
+        cx.equal("append", wrote, Ok(RECORD));
+        count += 1;
+    }
+    Ok(count)
 }
