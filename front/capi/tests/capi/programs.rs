@@ -170,3 +170,18 @@ fn a_volume_of_the_environment_that_cannot_be_opened_is_not_gone_around() {
     assert_eq!(served.status.code(), Some(0));
     assert!(outside.exists());
 }
+
+#[test]
+fn threads_share_the_descriptors_and_leave_none() {
+    if no_compiler() {
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    let program = scratch.path().join("threads");
+    let strict = ["-Wall", "-Wextra", "-Werror"];
+    compile(&program, &[example("threads.c")], Against::Pinfold, &strict);
+    let dir = scratch.path().join("data");
+    std::fs::create_dir(&dir).unwrap();
+    let output = run(&program, &[dir.as_os_str()], scratch.path(), &[]);
+    assert_eq!(text(&output), "threads\n");
+}
