@@ -19,6 +19,7 @@
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <sys/uio.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 /* Prints a call with its result; errno too if it failed. */
@@ -398,6 +399,36 @@ static void attributes(void)
     SHOW(close(fd));
 }
 
+static void extended_attributes(void)
+{
+    char buf[100] = {0};
+    int fd;
+    printf("-- extended attributes\n");
+    WORKS(fd = open("attr", O_RDONLY));
+    SHOW(setxattr("attr", "user.one", "1234", 4, 0));
+    SHOW(fsetxattr(fd, "user.two", "x", 1, XATTR_CREATE));
+    SHOW(fsetxattr(fd, "user.two", "y", 1, XATTR_CREATE));
+    SHOW(fsetxattr(fd, "user.three", "y", 1, XATTR_REPLACE));
+    SHOW(fsetxattr(fd, "user.two", "y", 1, 99));
+    SHOW(fsetxattr(fd, "", "y", 1, 0));
+    SHOW(setxattr("attr", "user.big", buf, 70000, 0));
+    SHOW(fgetxattr(fd, "user.one", NULL, 0));
+    SHOW(fgetxattr(fd, "user.one", buf, 2));
+    SHOW(getxattr("attr", "user.one", buf, sizeof buf));
+    show_bytes("value", buf, 4);
+    SHOW(getxattr("attr", "user.none", buf, sizeof buf));
+    SHOW(getxattr("none", "user.one", buf, sizeof buf));
+    SHOW(lgetxattr("attr", "user.two", buf, sizeof buf));
+    SHOW(flistxattr(fd, NULL, 0) >= 18);
+    SHOW(listxattr("attr", buf, 3));
+    SHOW(llistxattr("attr", buf, sizeof buf) >= 18);
+    SHOW(removexattr("attr", "user.one"));
+    SHOW(lremovexattr("attr", "user.one"));
+    SHOW(fremovexattr(fd, "user.two"));
+    SHOW(getxattr("attr", "user.two", buf, sizeof buf));
+    SHOW(close(fd));
+}
+
 static void names(void)
 {
     char buf[100];
@@ -623,6 +654,7 @@ int main(int argc, char **argv)
     bad_buffers();
     sizes();
     attributes();
+    extended_attributes();
     names();
     directories();
     descriptors();

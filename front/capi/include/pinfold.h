@@ -382,6 +382,68 @@ int pf_volume_root(struct pf_volume *volume);
 // Returns the version of this interface: programs built against the same number work with the library.
 unsigned int pf_abi_version(void);
 
+// Reads an extended attribute, as getxattr(2); with a size of 0, its length alone.
+ssize_t pf_getxattr(struct pf_volume *volume,
+                    const char *path,
+                    const char *name,
+                    void *value,
+                    size_t size);
+
+// Reads an extended attribute of a symbolic link itself, as lgetxattr(2); with a size of 0, its length alone.
+ssize_t pf_lgetxattr(struct pf_volume *volume,
+                     const char *path,
+                     const char *name,
+                     void *value,
+                     size_t size);
+
+// Reads an extended attribute by descriptor, as fgetxattr(2); with a size of 0, its length alone.
+ssize_t pf_fgetxattr(int fd, const char *name, void *value, size_t size);
+
+// Sets an extended attribute, as setxattr(2).
+int pf_setxattr(struct pf_volume *volume,
+                const char *path,
+                const char *name,
+                const void *value,
+                size_t size,
+                int flags);
+
+// Sets an extended attribute of a symbolic link itself, as lsetxattr(2).
+int pf_lsetxattr(struct pf_volume *volume,
+                 const char *path,
+                 const char *name,
+                 const void *value,
+                 size_t size,
+                 int flags);
+
+// Sets an extended attribute by descriptor, as fsetxattr(2).
+int pf_fsetxattr(int fd, const char *name, const void *value, size_t size, int flags);
+
+// Lists the names of the extended attributes, each ended by a zero byte, as listxattr(2); with a size of 0, their length alone.
+ssize_t pf_listxattr(struct pf_volume *volume,
+                     const char *path,
+                     char *list,
+                     size_t size);
+
+// Lists the names of the extended attributes of a symbolic link itself, each ended by a zero byte, as llistxattr(2); with a size of 0, their length alone.
+ssize_t pf_llistxattr(struct pf_volume *volume,
+                      const char *path,
+                      char *list,
+                      size_t size);
+
+// Lists the names of the extended attributes by descriptor, each ended by a zero byte, as flistxattr(2); with a size of 0, their length alone.
+ssize_t pf_flistxattr(int fd,
+                      char *list,
+                      size_t size);
+
+// Removes an extended attribute, as removexattr(2).
+int pf_removexattr(struct pf_volume *volume, const char *path, const char *name);
+
+// Removes an extended attribute of a symbolic link itself, as lremovexattr(2).
+int pf_lremovexattr(struct pf_volume *volume, const char *path, const char *name);
+
+// Removes an extended attribute by descriptor, as fremovexattr(2).
+int pf_fremovexattr(int fd, const char *name);
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif  // __cplusplus

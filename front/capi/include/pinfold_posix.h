@@ -29,6 +29,7 @@
 #include <sys/statvfs.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <sys/xattr.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -361,6 +362,76 @@ PF_POSIX int pf_posix_access(const char *path, int mode)
     return pf_posix_faccessat(AT_FDCWD, path, mode, 0);
 }
 
+/* -- Extended attributes ------------------------------------------------------------------------------------------ */
+
+PF_POSIX ssize_t pf_posix_getxattr(const char *path, const char *name, void *value, size_t size)
+{
+    PF_POSIX_BY_PATH(AT_FDCWD, path, 0, getxattr(path, name, value, size),
+                     pf_getxattr(at.volume, at.path, name, value, size));
+}
+
+PF_POSIX ssize_t pf_posix_lgetxattr(const char *path, const char *name, void *value, size_t size)
+{
+    PF_POSIX_BY_PATH(AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, lgetxattr(path, name, value, size),
+                     pf_lgetxattr(at.volume, at.path, name, value, size));
+}
+
+PF_POSIX ssize_t pf_posix_fgetxattr(int fd, const char *name, void *value, size_t size)
+{
+    return pf_is_descriptor(fd) ? pf_fgetxattr(fd, name, value, size) : fgetxattr(fd, name, value, size);
+}
+
+PF_POSIX int pf_posix_setxattr(const char *path, const char *name, const void *value, size_t size, int flags)
+{
+    PF_POSIX_BY_PATH(AT_FDCWD, path, 0, setxattr(path, name, value, size, flags),
+                     pf_setxattr(at.volume, at.path, name, value, size, flags));
+}
+
+PF_POSIX int pf_posix_lsetxattr(const char *path, const char *name, const void *value, size_t size, int flags)
+{
+    PF_POSIX_BY_PATH(AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, lsetxattr(path, name, value, size, flags),
+                     pf_lsetxattr(at.volume, at.path, name, value, size, flags));
+}
+
+PF_POSIX int pf_posix_fsetxattr(int fd, const char *name, const void *value, size_t size, int flags)
+{
+    return pf_is_descriptor(fd) ? pf_fsetxattr(fd, name, value, size, flags) : fsetxattr(fd, name, value, size, flags);
+}
+
+PF_POSIX ssize_t pf_posix_listxattr(const char *path, char *list, size_t size)
+{
+    PF_POSIX_BY_PATH(AT_FDCWD, path, 0, listxattr(path, list, size),
+                     pf_listxattr(at.volume, at.path, list, size));
+}
+
+PF_POSIX ssize_t pf_posix_llistxattr(const char *path, char *list, size_t size)
+{
+    PF_POSIX_BY_PATH(AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, llistxattr(path, list, size),
+                     pf_llistxattr(at.volume, at.path, list, size));
+}
+
+PF_POSIX ssize_t pf_posix_flistxattr(int fd, char *list, size_t size)
+{
+    return pf_is_descriptor(fd) ? pf_flistxattr(fd, list, size) : flistxattr(fd, list, size);
+}
+
+PF_POSIX int pf_posix_removexattr(const char *path, const char *name)
+{
+    PF_POSIX_BY_PATH(AT_FDCWD, path, 0, removexattr(path, name),
+                     pf_removexattr(at.volume, at.path, name));
+}
+
+PF_POSIX int pf_posix_lremovexattr(const char *path, const char *name)
+{
+    PF_POSIX_BY_PATH(AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, lremovexattr(path, name),
+                     pf_lremovexattr(at.volume, at.path, name));
+}
+
+PF_POSIX int pf_posix_fremovexattr(int fd, const char *name)
+{
+    return pf_is_descriptor(fd) ? pf_fremovexattr(fd, name) : fremovexattr(fd, name);
+}
+
 /* -- Names --------------------------------------------------------------------------------------------------------- */
 
 PF_POSIX int pf_posix_mkdirat(int dir_fd, const char *path, mode_t mode)
@@ -618,18 +689,28 @@ PF_POSIX FILE *pf_posix_fopen(const char *path, const char *mode)
 #define fdatasync pf_posix_fdatasync
 #define fdopen pf_posix_fdopen
 #define fdopendir pf_posix_fdopendir
+#define fgetxattr pf_posix_fgetxattr
+#define flistxattr pf_posix_flistxattr
 #define fopen pf_posix_fopen
+#define fremovexattr pf_posix_fremovexattr
+#define fsetxattr pf_posix_fsetxattr
 #define fstat pf_posix_fstat
 #define fstatat pf_posix_fstatat
 #define fstatvfs pf_posix_fstatvfs
 #define fsync pf_posix_fsync
 #define ftruncate pf_posix_ftruncate
 #define futimens pf_posix_futimens
+#define getxattr pf_posix_getxattr
 #define isatty pf_posix_isatty
 #define lchown pf_posix_lchown
+#define lgetxattr pf_posix_lgetxattr
 #define link pf_posix_link
 #define linkat pf_posix_linkat
+#define listxattr pf_posix_listxattr
+#define llistxattr pf_posix_llistxattr
+#define lremovexattr pf_posix_lremovexattr
 #define lseek pf_posix_lseek
+#define lsetxattr pf_posix_lsetxattr
 #define lstat pf_posix_lstat
 #define mkdir pf_posix_mkdir
 #define mkdirat pf_posix_mkdirat
@@ -651,12 +732,14 @@ PF_POSIX FILE *pf_posix_fopen(const char *path, const char *mode)
 #define readlinkat pf_posix_readlinkat
 #define readv pf_posix_readv
 #define remove pf_posix_remove
+#define removexattr pf_posix_removexattr
 #define rename pf_posix_rename
 #define renameat pf_posix_renameat
 #define renameat2 pf_posix_renameat2
 #define rewinddir pf_posix_rewinddir
 #define rmdir pf_posix_rmdir
 #define seekdir pf_posix_seekdir
+#define setxattr pf_posix_setxattr
 #define symlink pf_posix_symlink
 #define symlinkat pf_posix_symlinkat
 #define sync_file_range pf_posix_sync_file_range

@@ -29,3 +29,4 @@ mod range;
 mod user;
 mod volume;
 mod walk;
+mod xattr;
