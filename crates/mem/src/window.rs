@@ -28,13 +28,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use pinfold_base::{Errno, PAGE_SIZE, Progress};
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
-use rustix::process::{Resource, getrlimit};
 use smallvec::{SmallVec, smallvec};
 
 use crate::copy::CopyStop;
 use crate::descriptor::high;
 use crate::forked;
 use crate::iov::IovCursor;
+use crate::limits::{file_size, without_file_size_limit};
 use crate::span::{IoSpan, Segments};
 
 const PAGE: usize = PAGE_SIZE as usize;
@@ -48,7 +48,8 @@ const PAGES_MAX: u64 = i64::MAX as u64 / PAGE_SIZE;
 /// Why a window could not be made or grown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WindowError {
-    /// RLIMIT_FSIZE forbids a memfd of that size; the limit holds for memory files as for any other.
+    /// RLIMIT_FSIZE forbids a memfd of that size, and the process may not raise it: the limit holds for memory files as for
+    /// any other.
     FileSizeLimit {
         /// Bytes needed.
         bytes: u64,
@@ -150,13 +151,30 @@ impl Window {
             growth: Mutex::new(()),
         };
         // As large as it may become, at once: a limit set later then concerns it no more.
-        let allowed = file_size_limit().map_or(PAGES_MAX, |limit| limit / PAGE_SIZE);
-        window.resize(allowed.min(PAGES_MAX))?;
+        let outcome = window.resize(PAGES_MAX);
+        match (outcome, file_size()) {
+            (Err(WindowError::FileSizeLimit { .. }), Some(limit)) => {
+                window.resize(limit / PAGE_SIZE)?;
+            }
+            _ => outcome?,
+        }
         Ok(Arc::new(window))
     }
 
+    /// Gives the memfd room for `pages`. The file-size limit binds what is stored, not what is looked at: it is put out of
+    /// the way where that is allowed.
     fn resize(&self, pages: u64) -> Result<(), WindowError> {
-        ftruncate(&self.fd, pages * PAGE_SIZE).map_err(system("ftruncate"))?;
+        let bytes = pages * PAGE_SIZE;
+        let resize = || ftruncate(&self.fd, bytes).map_err(system("ftruncate"));
+        // Asking first: the kernel answers a violation with a signal.
+        match file_size().filter(|&limit| bytes > limit) {
+            Some(limit) => without_file_size_limit(|| match file_size() {
+                Some(limit) if bytes > limit => Err(WindowError::FileSizeLimit { bytes, limit }),
+                _ => resize(),
+            })
+            .unwrap_or(Err(WindowError::FileSizeLimit { bytes, limit }))?,
+            None => resize()?,
+        }
         self.pages.store(pages, Ordering::Release);
         Ok(())
     }
@@ -175,12 +193,6 @@ impl Window {
         // A thread that panicked under this lock left the table as it was: entries are set last.
         let _turn = self.growth.lock().unwrap_or_else(PoisonError::into_inner);
         if pages > self.pages.load(Ordering::Acquire) {
-            // Asking first: the kernel answers a violation with a signal.
-            let limit = file_size_limit().unwrap_or(u64::MAX);
-            let bytes = pages * PAGE_SIZE;
-            if bytes > limit {
-                return Err(WindowError::FileSizeLimit { bytes, limit });
-            }
             self.resize(pages)?;
         }
         for segment in 0..=segment_of(pages - 1) {
@@ -614,11 +626,6 @@ fn segment_pages(segment: usize) -> Range<u64> {
         0 => 0..FIRST_SEGMENT,
         _ => FIRST_SEGMENT << (segment - 1)..FIRST_SEGMENT << segment,
     }
-}
-
-/// Returns RLIMIT_FSIZE in bytes; `None` when there is no limit.
-fn file_size_limit() -> Option<u64> {
-    getrlimit(Resource::Fsize).current
 }
 
 fn errno(raw: rustix::io::Errno) -> Errno {

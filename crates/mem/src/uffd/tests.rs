@@ -1,13 +1,13 @@
 //! The facts of SEMANTICS.md section 0, each held against the running kernel.
 
 use std::os::fd::RawFd;
-use std::os::unix::process::CommandExt;
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::*;
 use crate::mapped::{self, Lent, MappedMemory, Registration, SignalVerdict};
+use crate::region_for_tests::alone;
 use crate::span::AlignedBuf;
 use crate::window::{UserMapKind, Window};
 
@@ -581,26 +581,11 @@ fn only_whole_privileges_that_were_allowed_are_used() {
     }
 }
 
-const AS_NOBODY: &str = "PINFOLD_TEST_AS_NOBODY";
-
 #[test]
 fn fact_7_an_unprivileged_process_serves_its_own_faults() {
-    if std::env::var_os(AS_NOBODY).is_none() {
-        if !rustix::process::geteuid().is_root() {
-            eprintln!("not root: the other tests say the same");
-            return;
-        }
-        let name = "uffd::tests::fact_7_an_unprivileged_process_serves_its_own_faults";
-        let output = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", name, "--nocapture"])
-            .env(AS_NOBODY, "1")
-            .current_dir("/")
-            .uid(65534)
-            .gid(65534)
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{said}");
+    let name = "uffd::tests::fact_7_an_unprivileged_process_serves_its_own_faults";
+    let nobody = rustix::process::geteuid().is_root().then_some(65534);
+    if !alone(name, nobody) {
         return;
     }
     within(|| {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::region_for_tests::alone;
 
 /// Resident bytes of the process, in pages.
 fn resident_pages() -> u64 {
@@ -139,40 +140,42 @@ fn what_was_unmapped_is_left_to_others() {
     unsafe { munmap(other, PAGE) }.unwrap();
 }
 
-#[test]
-fn a_file_size_limit_is_an_error_and_not_a_signal() {
-    // The limit is the process's, so this runs in a child, which does nothing that another thread's locks could stop.
-    // SAFETY: the child makes system calls and ends without unwinding.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
-        let limit = libc::rlimit {
-            rlim_cur: 64 << 10,
-            rlim_max: libc::RLIM_INFINITY,
-        };
-        // SAFETY: a live structure.
-        unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) };
-        let verdict = match Window::new() {
-            Ok(window) => match window.ensure(17) {
-                Err(WindowError::FileSizeLimit { bytes, limit }) => {
-                    let fits = window.ensure(16).is_ok();
-                    i32::from(!(fits && bytes == 17 * PAGE_SIZE && limit == 64 << 10))
-                }
-                _ => 2,
-            },
-            Err(_) => 3,
-        };
-        // SAFETY: ends the child.
-        unsafe { libc::_exit(verdict) };
-    }
-    let mut status = 0;
-    // SAFETY: waits for our child.
-    unsafe { libc::waitpid(child, &raw mut status, 0) };
-    assert!(libc::WIFEXITED(status), "status {status:#x}");
-    assert_eq!(libc::WEXITSTATUS(status), 0);
+const LIMIT: u64 = 16 * PAGE_SIZE;
+
+fn limit_file_size(hard: bool) {
+    let limit = rustix::process::Rlimit {
+        current: Some(LIMIT),
+        maximum: hard.then_some(LIMIT),
+    };
+    rustix::process::setrlimit(rustix::process::Resource::Fsize, limit).unwrap();
 }
 
 #[test]
-fn a_limit_set_after_the_window_was_made_concerns_it_no_more() {
+fn a_hard_file_size_limit_is_an_error_and_not_a_signal() {
+    let name = "window::tests::a_hard_file_size_limit_is_an_error_and_not_a_signal";
+    let nobody = rustix::process::geteuid().is_root().then_some(65534);
+    if !alone(name, nobody) {
+        return;
+    }
+    limit_file_size(true);
     let window = Window::new().unwrap();
-    assert!(window.pages.load(Ordering::Relaxed) >= 1 << 40 || file_size_limit().is_some());
+    let (bytes, limit) = (17 * PAGE_SIZE, LIMIT);
+    assert_eq!(
+        window.ensure(17),
+        Err(WindowError::FileSizeLimit { bytes, limit })
+    );
+    window.ensure(16).unwrap();
+    window.write_page(15, 0, b"x");
+}
+
+#[test]
+fn a_soft_file_size_limit_is_put_out_of_the_way_and_back() {
+    let name = "window::tests::a_soft_file_size_limit_is_put_out_of_the_way_and_back";
+    if !alone(name, None) {
+        return;
+    }
+    limit_file_size(false);
+    let window = Window::new().unwrap();
+    window.ensure(5000).unwrap();
+    assert_eq!(file_size(), Some(LIMIT));
 }
