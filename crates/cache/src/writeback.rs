@@ -591,6 +591,8 @@ impl Cache {
     }
 
     fn flush_loop(self: Arc<Self>) {
+        // A handler of the program that faults in a mapping could wait for this very thread.
+        pinfold_mem::quiet::keep_signals_away();
         loop {
             let starved = {
                 let mut wanted = self.flusher.wanted.lock();
