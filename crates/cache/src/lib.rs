@@ -3,8 +3,10 @@
 //! *Owns*: which page of which file is in which frame; whether it is valid, dirty, used; when it goes; the errors of
 //! storing it.
 //!
-//! *Does not own*: why data may be cached (glocks), user mappings (they implement [`ReverseMap`]), what a file is
-//! called, how bytes are stored.
+//! A page lives in one of two homes: an arena frame, or, once it is mapped, the window of its file ([`map`]).
+//!
+//! *Does not own*: why data may be cached (glocks), user mappings (they implement [`MapTarget`] and [`ReverseMap`]), what
+//! a file is called, how bytes are stored.
 //!
 //! *Locking*: [`Gate`] (class 4), folio locks in the state word (class 5, one file's in ascending order); queues, the
 //! index and the dirty set are leaves (class 6). Completions take leaves only. Nothing is held while user memory may
@@ -12,14 +14,15 @@
 //!
 //! What keeps two operations on one page apart ([`separation`] is this table as code; a test races every pair):
 //!
-//! | | fill | read copy | write | write-back | evict | truncate |
-//! |---|---|---|---|---|---|---|
-//! | **fill** | index shard | not UPTODATE | folio lock | not DIRTY | LOCKED | gate, folio lock |
-//! | **read copy** | | – | – (as in the kernel) | – | reference | reference |
-//! | **write** | | | folio lock | folio lock, then DIRTY again | LOCKED, DIRTY | inode lock (above), folio lock |
-//! | **write-back** | | | | WRITEBACK | WRITEBACK | WRITEBACK |
-//! | **evict** | | | | | LOCKED | LOCKED |
-//! | **truncate** | | | | | | inode lock (above), folio lock |
+//! | | fill | read copy | write | write-back | evict | truncate | map |
+//! |---|---|---|---|---|---|---|---|
+//! | **fill** | index shard | not UPTODATE | folio lock | not DIRTY | LOCKED | gate, folio lock | not UPTODATE |
+//! | **read copy** | | – | – (as in the kernel) | – | reference | reference | reference: keeps a snapshot |
+//! | **write** | | | folio lock | folio lock, then DIRTY again | LOCKED, DIRTY | inode lock (above), folio lock | folio lock |
+//! | **write-back** | | | | WRITEBACK | WRITEBACK | WRITEBACK | folio lock, protected before clean |
+//! | **evict** | | | | | LOCKED | LOCKED | LOCKED, clean is protected |
+//! | **truncate** | | | | | | inode lock (above), folio lock | folio lock, then the size again |
+//! | **map** | | | | | | | folio lock |
 
 pub mod cache;
 pub mod dirty;

@@ -18,17 +18,20 @@ pub enum Operation {
     Evict,
     /// It leaves the file: cut off, punched out, or replaced by a direct write.
     Truncate,
+    /// It is brought into a user mapping, moves to the window for that, or is loaded and stored to there.
+    Map,
 }
 
 impl Operation {
     /// All of them, in the table's order.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Fill,
         Self::ReadCopy,
         Self::Write,
         Self::WriteBack,
         Self::Evict,
         Self::Truncate,
+        Self::Map,
     ];
 
     /// Returns the name the table uses.
@@ -41,6 +44,7 @@ impl Operation {
             Self::WriteBack => "write-back",
             Self::Evict => "evict",
             Self::Truncate => "truncate",
+            Self::Map => "map",
         }
     }
 }
@@ -48,7 +52,7 @@ impl Operation {
 /// Returns what keeps `a` and `b` on one page apart, in whichever order they come.
 #[must_use]
 pub const fn separation(a: Operation, b: Operation) -> &'static str {
-    use Operation::{Evict, Fill, ReadCopy, Truncate, Write, WriteBack};
+    use Operation::{Evict, Fill, Map, ReadCopy, Truncate, Write, WriteBack};
     match (a, b) {
         (Fill, Fill) => "index shard",
         (Fill, ReadCopy) | (ReadCopy, Fill) => "not UPTODATE",
@@ -66,6 +70,12 @@ pub const fn separation(a: Operation, b: Operation) -> &'static str {
         (Write, Truncate) | (Truncate, Write) => "inode lock (above), folio lock",
         (WriteBack, WriteBack | Evict | Truncate) | (Evict | Truncate, WriteBack) => "WRITEBACK",
         (Evict, Evict | Truncate) | (Truncate, Evict) => "LOCKED",
+        (Fill, Map) | (Map, Fill) => "not UPTODATE",
+        (ReadCopy, Map) | (Map, ReadCopy) => "reference: keeps a snapshot",
+        (Write | Map, Map) | (Map, Write) => "folio lock",
+        (WriteBack, Map) | (Map, WriteBack) => "folio lock, protected before clean",
+        (Evict, Map) | (Map, Evict) => "LOCKED, clean is protected",
+        (Truncate, Map) | (Map, Truncate) => "folio lock, then the size again",
         (Truncate, Truncate) => "inode lock (above), folio lock",
     }
 }

@@ -265,11 +265,11 @@ impl StateWord {
     /// Moves a locked page from dirty to under write-back in one step, so that a store after it makes the page dirty
     /// again (G-5); returns the state before.
     ///
-    /// The caller has write-protected the page in every mapping since it locked it (F-2), and only then reads it.
+    /// The caller has made sure under the lock that no device writes to the page (E-5), and has write-protected it in every
+    /// mapping since it locked it (F-2); only after this it reads the bytes.
     pub fn clean_for_write(&self) -> u64 {
         self.change(|state| {
             debug_assert_eq!(state & WRITEBACK, 0, "two write-backs of one page");
-            debug_assert_eq!(write_pins(state), 0, "a device writes to the page (E-5)");
             (state & !(DIRTY | TOWRITE | UMAP_RW)) | WRITEBACK
         })
     }

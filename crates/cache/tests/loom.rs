@@ -11,7 +11,8 @@ use loom::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering, fence};
 use loom::thread;
 use pinfold_base::Errno;
 use pinfold_cache::state::{
-    DIRTY, HOME_ARENA, LOCKED, PinKind, RefOutcome, StateWord, UPTODATE, WRITEBACK, is_unused,
+    DIRTY, HOME_ARENA, HOME_WINDOW, LOCKED, PinKind, RefOutcome, StateWord, UMAP_RW, UPTODATE,
+    WRITEBACK, is_unused,
 };
 use pinfold_cache::wait::WaitTable;
 use pinfold_cache::{ErrSeq, Gate};
@@ -220,6 +221,251 @@ fn g5_no_store_is_lost_between_dirty_and_write_back() {
         assert!(page.word.load() & DIRTY != 0 || stored == 2);
         assert_eq!(page.word.load() & (WRITEBACK | LOCKED), 0);
     });
+}
+
+/// A page on its way from a frame to the window: a word and a place in either home, and which of the two is listed.
+struct Moved {
+    frame: Arc<Page>,
+    slot: StateWord,
+    window: UnsafeCell<u64>,
+    /// Bit 0: the frame is in the index; bit 1: the slot is.
+    listed: AtomicUsize,
+    /// How often the frame was given to somebody else.
+    freed: AtomicUsize,
+}
+
+impl Moved {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            frame: Page::new(UPTODATE),
+            slot: StateWord::default(),
+            window: UnsafeCell::new(0),
+            listed: AtomicUsize::new(1),
+            freed: AtomicUsize::new(0),
+        })
+    }
+
+    fn free(&self) {
+        self.frame.reuse();
+        self.freed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn unref_frame(&self) {
+        if self.frame.word.unref() {
+            if self.frame.word.bury() {
+                self.free();
+            }
+            self.frame.waits.wake(0);
+        }
+    }
+
+    /// What `home.rs` does, and an eviction that comes right after it.
+    fn move_to_window(&self) -> bool {
+        self.frame.word.try_lock().is_ok() && self.move_locked()
+    }
+
+    fn move_locked(&self) -> bool {
+        if !self.frame.word.begin_move() {
+            self.frame.wake_if(self.frame.word.unlock(0, 0));
+            return false;
+        }
+        self.frame.read();
+        self.window.with_mut(|_| ());
+        self.slot.install(HOME_WINDOW);
+        self.slot.set(UPTODATE);
+        self.listed.fetch_or(2, Ordering::AcqRel);
+        self.listed.fetch_and(!1, Ordering::AcqRel);
+        let left = self.frame.word.end_move();
+        if left.free {
+            self.free();
+        }
+        self.frame.wake_if(left.sleepers);
+        let _ = self.slot.unlock(0, 0);
+        true
+    }
+
+    /// What a reader does; false when it would have to wait or look again.
+    fn look(&self) -> bool {
+        let listed = self.listed.load(Ordering::Acquire);
+        if listed & 1 != 0 && self.frame.word.try_ref() == RefOutcome::Taken {
+            self.frame.read();
+            self.unref_frame();
+            return true;
+        }
+        if listed & 2 != 0 && self.slot.try_ref() == RefOutcome::Taken {
+            self.window.with(|_| ());
+            let _ = self.slot.unref();
+            return true;
+        }
+        false
+    }
+}
+
+/// INV8: a frame that a page has left is given away once, and not under a reader.
+#[test]
+fn inv8_a_frame_whose_page_moved_is_freed_once_and_not_under_a_reference() {
+    bounded(3, || {
+        let page = Moved::new();
+        let readers: Vec<_> = (0..2)
+            .map(|_| {
+                let page = page.clone();
+                thread::spawn(move || page.look())
+            })
+            .collect();
+        assert!(page.move_to_window());
+        for reader in readers {
+            reader.join().unwrap();
+        }
+        assert_eq!(page.freed.load(Ordering::Relaxed), 1);
+        assert_eq!(page.frame.word.load(), 0);
+        assert!(page.look(), "the page is in the window");
+    });
+}
+
+/// A reader that finds the page on its way is woken when it has arrived, and finds it there.
+#[test]
+fn a_reader_that_waits_for_a_move_finds_the_page_in_its_new_home() {
+    bounded(3, || {
+        let page = Moved::new();
+        let reader = {
+            let page = page.clone();
+            thread::spawn(move || {
+                while !page.look() {
+                    let word = &page.frame.word;
+                    page.frame
+                        .waits
+                        .wait(0, word, None, |state| state & LOCKED == 0);
+                    thread::yield_now();
+                }
+            })
+        };
+        assert!(page.move_to_window());
+        reader.join().unwrap();
+    });
+}
+
+/// A device that has pinned the frame keeps the page there.
+#[test]
+fn a_page_does_not_move_under_a_pin() {
+    loom::model(|| {
+        let page = Moved::new();
+        let device = {
+            let page = page.clone();
+            thread::spawn(move || {
+                let pinned = page.frame.word.pin(PinKind::Read).is_ok();
+                if pinned {
+                    page.frame.read();
+                    page.frame.wake_if(page.frame.word.unpin(PinKind::Read));
+                }
+            })
+        };
+        let moved = page.move_to_window();
+        device.join().unwrap();
+        assert_eq!(page.freed.load(Ordering::Relaxed), usize::from(moved));
+    });
+}
+
+#[test]
+fn a_page_is_evicted_or_moved_and_not_both() {
+    loom::model(|| {
+        let page = Moved::new();
+        let evictor = {
+            let page = page.clone();
+            thread::spawn(move || {
+                let evicted = page.frame.word.begin_evict();
+                if evicted {
+                    page.listed.fetch_and(!1, Ordering::AcqRel);
+                    let sleepers = page.frame.word.release();
+                    page.free();
+                    page.frame.wake_if(sleepers);
+                }
+                evicted
+            })
+        };
+        let moved = page.move_to_window();
+        let evicted = evictor.join().unwrap();
+        assert!(evicted != moved);
+        assert_eq!(page.freed.load(Ordering::Relaxed), 1);
+    });
+}
+
+/// A page-table entry and the byte it shows: a store looks and writes in one step, as a processor does, because taking the
+/// right away waits until every processor knows.
+#[derive(Default)]
+struct Entry {
+    writable: bool,
+    byte: u64,
+}
+
+/// F-1, F-2: a store is in what is written back, or the page is dirty.
+fn store_against_clean(protect_first: bool) {
+    bounded(3, move || {
+        let page = Page::new(UPTODATE | DIRTY | UMAP_RW);
+        let entry = Arc::new(loom::sync::Mutex::new(Entry {
+            writable: true,
+            byte: 1,
+        }));
+        let program = {
+            let (page, entry) = (page.clone(), entry.clone());
+            thread::spawn(move || {
+                loop {
+                    {
+                        let mut entry = entry.lock().unwrap();
+                        if entry.writable {
+                            entry.byte = 2;
+                            return;
+                        }
+                    }
+                    // The fault: dirty before writable, both under the lock.
+                    while page.word.try_lock().is_err() {
+                        page.waits
+                            .wait(0, &page.word, None, |state| state & LOCKED == 0);
+                    }
+                    page.word.set(DIRTY | UMAP_RW);
+                    entry.lock().unwrap().writable = true;
+                    page.wake_if(page.word.unlock(0, 0));
+                }
+            })
+        };
+        let mut stored = 0;
+        if page.word.try_lock().is_ok() {
+            if page.word.load() & DIRTY != 0 {
+                if protect_first {
+                    entry.lock().unwrap().writable = false;
+                    page.word.clean_for_write();
+                } else {
+                    page.word.clean_for_write();
+                    stored = entry.lock().unwrap().byte;
+                    entry.lock().unwrap().writable = false;
+                }
+                page.wake_if(page.word.unlock(0, 0));
+                if protect_first {
+                    stored = entry.lock().unwrap().byte;
+                }
+                page.wake_if(page.word.end_write(0));
+            } else {
+                page.wake_if(page.word.unlock(0, 0));
+            }
+        }
+        program.join().unwrap();
+        assert_eq!(entry.lock().unwrap().byte, 2);
+        assert!(
+            stored == 2 || page.word.load() & DIRTY != 0,
+            "a store was lost"
+        );
+    });
+}
+
+#[test]
+fn f2_no_store_is_lost_when_a_page_is_protected_before_it_is_clean() {
+    store_against_clean(true);
+}
+
+/// Why it is in this order. This model must find the failure, or the one above shows nothing.
+#[test]
+#[should_panic(expected = "a store was lost")]
+fn f2_a_page_that_is_clean_before_it_is_protected_loses_a_store() {
+    store_against_clean(false);
 }
 
 /// E-3 and E-4: a page that a device has stored to is never evicted as clean.

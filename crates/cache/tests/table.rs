@@ -2,6 +2,8 @@
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
 
+#[path = "rig/program.rs"]
+mod program;
 #[path = "rig/rig.rs"]
 mod rig;
 
@@ -11,8 +13,10 @@ use std::time::Duration;
 
 use pinfold_cache::separation::{Operation, separation};
 use pinfold_cache::{FilePages, Mode};
+use pinfold_mem::UserMapKind;
 use pinfold_store::Object;
 use pinfold_store::testing::MemoryObject;
+use program::Program;
 use rig::{PAGE, Rig, WANT, within};
 
 /// The page everything happens to, and its size in the file, which another page follows.
@@ -30,15 +34,24 @@ struct Scene {
     begun: AtomicU64,
     done: AtomicU64,
     others_page: AtomicU64,
+    /// A mapping of the file, for the races with one; none where the system does not let us.
+    program: Option<Program>,
+    mapped_uses: AtomicU64,
 }
 
 impl Scene {
-    fn new() -> Self {
+    fn new(mapped: bool) -> Self {
         let rig = Rig::new();
         let store = MemoryObject::with(&vec![0; 2 * TARGET as usize * PAGE]);
         let other = MemoryObject::with(&vec![0xaa; 400 * PAGE]);
+        let file = FilePages::new(&rig.cache, store.clone(), 2 * TARGET * PAGE as u64);
+        let kind = UserMapKind::SharedWrite;
         Self {
-            file: FilePages::new(&rig.cache, store.clone(), 2 * TARGET * PAGE as u64),
+            program: mapped
+                .then(|| Program::start(&file, 2 * TARGET, kind))
+                .flatten(),
+            mapped_uses: AtomicU64::new(0),
+            file,
             other: FilePages::new(&rig.cache, other, 400 * PAGE as u64),
             rig,
             store,
@@ -98,19 +111,47 @@ impl Scene {
                 drop(block);
                 self.done.store(generation, Ordering::SeqCst);
             }
+            Operation::Map => {
+                let Some(program) = &self.program else {
+                    return;
+                };
+                let uses = self.mapped_uses.fetch_add(1, Ordering::Relaxed);
+                if uses.is_multiple_of(2) {
+                    self.look_at(|word| program.load_word(TARGET, word * 8));
+                    return;
+                }
+                let _inode = self.inode.lock().unwrap();
+                let generation = self.begin(true);
+                for at in (0..PAGE).step_by(8) {
+                    program.store_word(TARGET, at, generation);
+                }
+                self.done.store(generation, Ordering::SeqCst);
+            }
         }
     }
 
-    /// Reads the page; every word is of a generation that was not over before, and had begun before it ended.
     fn look(&self) {
-        let low = self.done.load(Ordering::SeqCst);
-        let found = self.file.read(TARGET, &WANT).unwrap();
         let mut bytes = vec![0; PAGE];
-        found.read(0, &mut bytes);
-        drop(found);
-        let high = self.begun.load(Ordering::SeqCst);
-        for word in bytes.chunks(8) {
-            let word = u64::from_le_bytes(word.try_into().unwrap());
+        let low = self.done.load(Ordering::SeqCst);
+        self.file.read(TARGET, &WANT).unwrap().read(0, &mut bytes);
+        self.judge(
+            low,
+            bytes
+                .chunks(8)
+                .map(|word| u64::from_le_bytes(word.try_into().unwrap())),
+        );
+    }
+
+    /// As `look`, with the words from elsewhere.
+    fn look_at(&self, word: impl Fn(usize) -> u64) {
+        let low = self.done.load(Ordering::SeqCst);
+        self.judge(low, (0..PAGE / 8).map(word));
+    }
+
+    /// Every word is of a generation that was not over before (`low`), and had begun before it ended.
+    fn judge(&self, low: u64, words: impl Iterator<Item = u64>) {
+        for word in words.collect::<Vec<_>>() {
+            let high = self.begun.load(Ordering::SeqCst);
             let zeros = (low..=high).any(|generation| generation.is_multiple_of(2));
             let allowed =
                 (word == 0 && zeros) || (!word.is_multiple_of(2) && (low..=high).contains(&word));
@@ -120,7 +161,7 @@ impl Scene {
 }
 
 fn race(a: Operation, b: Operation) {
-    let scene = Scene::new();
+    let scene = Scene::new([a, b].contains(&Operation::Map));
     let start = Barrier::new(2);
     std::thread::scope(|scope| {
         for operation in [a, b] {
@@ -148,8 +189,13 @@ fn race(a: Operation, b: Operation) {
         "the stored page"
     );
     let Scene {
-        rig, file, other, ..
+        rig,
+        file,
+        other,
+        program,
+        ..
     } = scene;
+    drop(program);
     rig.is_at_rest();
     drop((file, other));
     rig.is_empty();
