@@ -21,7 +21,7 @@
 //!
 //! Only *settled* sizes need no care. From *answered* to *settled* there is no message, but there are proofs, since the
 //! kernel holds the inode's lock for the length of a call that grows a file: a request of another thread that needs
-//! that lock, any question of the thread that grew it, or having had the lock ourselves.
+//! that lock, any question of the thread that grew it, the end of the open file, or having had the lock ourselves.
 
 use std::ffi::OsStr;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -37,6 +37,8 @@ use parking_lot::{Condvar, Mutex};
 /// gigabytes. It also ends the
 /// wait where somebody in the kernel asks while holding the inode's lock.
 const WAIT_MAX: Duration = Duration::from_secs(1);
+/// Threads that wait for inodes' locks: as many long calls at a time do not delay questions about other files.
+const SETTLERS: usize = 4;
 /// Questions that wait at once; more are answered right away.
 const WAITING_MAX: usize = 256;
 /// The number by which the kernel says that it cannot name a thread.
@@ -64,8 +66,19 @@ struct Growing {
     answered: u64,
     /// Requests that grow the file and have not been answered.
     under_way: usize,
-    /// The thread that the last of them came from.
-    thread: u32,
+    /// Where the last of them came from.
+    by: Grower,
+    /// When the last answer was given.
+    since: Instant,
+}
+
+/// Whoever made a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Grower {
+    /// The thread's number.
+    pub(crate) thread: u32,
+    /// The open file, where there is one.
+    pub(crate) handle: Option<u64>,
 }
 
 /// The size that may be told of a file, once the kernel knows it.
@@ -77,17 +90,18 @@ pub(crate) struct Unsettled {
 }
 
 impl Growth {
-    /// Begins a request of `thread` that may grow the file beyond `len`, its size so far.
-    pub(crate) fn begin(&self, thread: u32, len: u64) {
+    /// Begins a request that may grow the file beyond `len`, its size so far.
+    pub(crate) fn begin(&self, by: Grower, len: u64) {
         let mut state = self.0.lock();
         state.requests += 1;
         let growing = state.growing.get_or_insert(Growing {
             answered: len,
             under_way: 0,
-            thread,
+            by,
+            since: Instant::now(),
         });
         growing.under_way += 1;
-        growing.thread = thread;
+        growing.by = by;
     }
 
     /// Ends it; the file reaches to `end` at least. To be called before the answer, on which the asker may act at once.
@@ -95,6 +109,7 @@ impl Growth {
         if let Some(growing) = &mut self.0.lock().growing {
             growing.answered = growing.answered.max(end);
             growing.under_way = growing.under_way.saturating_sub(1);
+            growing.since = Instant::now();
         }
     }
 
@@ -103,13 +118,27 @@ impl Growth {
         self.0.lock().growing = None;
     }
 
+    /// Notes that an open file is closed: a call that it grew the file by has ended.
+    pub(crate) fn close(&self, handle: u64) {
+        let mut state = self.0.lock();
+        if state
+            .growing
+            .as_ref()
+            .is_some_and(|growing| growing.under_way == 0 && growing.by.handle == Some(handle))
+        {
+            state.growing = None;
+        }
+    }
+
     /// Returns what may be told to `thread` once the kernel knows it; `None` if it knows the size.
     pub(crate) fn unsettled(&self, thread: u32) -> Option<Unsettled> {
         let mut state = self.0.lock();
         let growing = state.growing.as_ref()?;
-        let own = growing.thread == thread && thread != NO_THREAD;
         // A thread makes one call at a time: that it asks says that its last one has ended.
-        if own && growing.under_way == 0 {
+        let own = growing.by.thread == thread && thread != NO_THREAD;
+        // No question waits longer, so none begins to.
+        let long_ago = growing.since.elapsed() >= WAIT_MAX;
+        if growing.under_way == 0 && (own || long_ago) {
             state.growing = None;
             return None;
         }
@@ -183,8 +212,8 @@ impl Question {
 
 /// Answers questions for attributes when the kernel knows the size.
 ///
-/// One thread waits for inodes' locks. Whoever holds one waits for threads that serve requests or for the one that
-/// invalidates; none of these waits for this. A second thread answers what has waited long enough.
+/// Some threads wait for inodes' locks. Whoever holds one waits for threads that serve requests or for the one that
+/// invalidates; none of these waits for those. One more thread answers what has waited long enough.
 #[derive(Debug, Default)]
 pub(crate) struct Settler(OnceLock<Queues>);
 
@@ -196,11 +225,15 @@ struct Queues {
 
 impl Settler {
     /// Starts the threads; they end with this.
-    pub(crate) fn start(&self, notifier: Notifier) -> std::io::Result<()> {
+    pub(crate) fn start(&self, notifier: &Notifier) -> std::io::Result<()> {
         let (unsettled, questions) = sync_channel(WAITING_MAX);
-        std::thread::Builder::new()
-            .name("pinfold-settle".into())
-            .spawn(move || settle(&notifier, &questions))?;
+        let questions = Arc::new(Mutex::new(questions));
+        for _ in 0..SETTLERS {
+            let (notifier, questions) = (notifier.clone(), Arc::clone(&questions));
+            std::thread::Builder::new()
+                .name("pinfold-settle".into())
+                .spawn(move || settle(&notifier, &questions))?;
+        }
         let (waiting, questions) = sync_channel(WAITING_MAX);
         std::thread::Builder::new()
             .name("pinfold-overdue".into())
@@ -224,8 +257,12 @@ impl Settler {
     }
 }
 
-fn settle(notifier: &Notifier, questions: &Receiver<Arc<Question>>) {
-    for question in questions {
+fn settle(notifier: &Notifier, questions: &Mutex<Receiver<Arc<Question>>>) {
+    loop {
+        let next = questions.lock().recv();
+        let Ok(question) = next else {
+            return;
+        };
         // One that waited too long has been answered; its lock may be held for as long again.
         if question.is_answered() {
             continue;
@@ -251,11 +288,21 @@ fn answer_overdue(questions: &Receiver<Arc<Question>>) {
 mod tests {
     use super::*;
 
-    const ONE: u32 = 101;
-    const OTHER: u32 = 102;
+    const ONE: Grower = Grower {
+        thread: 101,
+        handle: Some(7),
+    };
+    const OTHER: Grower = Grower {
+        thread: 102,
+        handle: Some(8),
+    };
+    const NOBODY: Grower = Grower {
+        thread: NO_THREAD,
+        handle: None,
+    };
 
-    fn told(growth: &Growth, thread: u32) -> Option<u64> {
-        growth.unsettled(thread).map(|seen| seen.len)
+    fn told(growth: &Growth, asker: Grower) -> Option<u64> {
+        growth.unsettled(asker.thread).map(|seen| seen.len)
     }
 
     #[test]
@@ -297,9 +344,30 @@ mod tests {
     #[test]
     fn a_thread_without_a_number_proves_nothing() {
         let growth = Growth::default();
-        growth.begin(NO_THREAD, 0);
+        growth.begin(NOBODY, 0);
         growth.end(20);
-        assert_eq!(told(&growth, NO_THREAD), Some(20));
+        assert_eq!(told(&growth, NOBODY), Some(20));
+    }
+
+    #[test]
+    fn closing_the_file_that_grew_it_settles_the_size_and_closing_another_does_not() {
+        let growth = Growth::default();
+        growth.begin(ONE, 0);
+        growth.end(20);
+        growth.close(8);
+        assert_eq!(told(&growth, OTHER), Some(20));
+        growth.close(7);
+        assert_eq!(told(&growth, OTHER), None);
+    }
+
+    #[test]
+    fn a_size_that_nobody_asked_for_settles_with_time() {
+        let growth = Growth::default();
+        growth.begin(ONE, 0);
+        growth.end(20);
+        assert_eq!(told(&growth, OTHER), Some(20));
+        std::thread::sleep(WAIT_MAX);
+        assert_eq!(told(&growth, OTHER), None);
     }
 
     #[test]
@@ -307,14 +375,14 @@ mod tests {
         let growth = Growth::default();
         growth.begin(ONE, 0);
         growth.end(20);
-        let seen = growth.unsettled(OTHER).unwrap();
+        let seen = growth.unsettled(OTHER.thread).unwrap();
         growth.begin(ONE, 20);
         growth.passed(seen);
         assert_eq!(told(&growth, OTHER), Some(20), "one is under way");
         growth.end(40);
         growth.passed(seen);
         assert_eq!(told(&growth, OTHER), Some(40), "it has ended since");
-        let seen = growth.unsettled(OTHER).unwrap();
+        let seen = growth.unsettled(OTHER.thread).unwrap();
         growth.passed(seen);
         assert_eq!(told(&growth, OTHER), None);
         growth.begin(ONE, 40);

@@ -142,7 +142,7 @@ pub fn mount(
     device.set(reply_fd.map_err(MountError::Handshake)?);
     invalidator
         .start(session.notifier())
-        .and_then(|()| settler.start(session.notifier()))
+        .and_then(|()| settler.start(&session.notifier()))
         .map_err(MountError::NoThread)?;
     // The server's are the only ones left: their threads end with it.
     drop((invalidator, settler));

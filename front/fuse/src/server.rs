@@ -11,7 +11,7 @@ use fuser::{
 use pinfold::{AllocateMode, Caller, File, Metadata, Node, OpenOptions, Owner, SetAttributes};
 
 use crate::attributes::{PERMISSIONS, VALID, errno, file_attr};
-use crate::growth::Settler;
+use crate::growth::{Grower, Settler};
 use crate::inodes::{Inodes, ROOT};
 use crate::invalidator::Invalidator;
 use crate::opens::{Directories, Files, OpenFile};
@@ -122,7 +122,7 @@ impl Server {
     /// Carries out a request that may make a file grow from `len` bytes to `end`. `work` tells how far it reaches then.
     fn growing<T, E>(
         &self,
-        (request, number): (&Request, INodeNo),
+        (request, number, handle): (&Request, INodeNo, Option<FileHandle>),
         (len, end): (u64, u64),
         work: impl FnOnce() -> Result<T, E>,
         reached: impl FnOnce(&T) -> u64,
@@ -131,7 +131,11 @@ impl Server {
         let Some(growth) = growth else {
             return work();
         };
-        growth.begin(request.pid(), len);
+        let by = Grower {
+            thread: request.pid(),
+            handle: handle.map(|handle| handle.0),
+        };
+        growth.begin(by, len);
         let outcome = work();
         growth.end(outcome.as_ref().map_or(0, reached));
         outcome
@@ -185,7 +189,7 @@ impl Server {
                 ..SetAttributes::default()
             };
             self.growing(
-                (request, number),
+                (request, number, handle),
                 (old, len),
                 || match &open {
                     Some(open) => open.file().set_len(len),

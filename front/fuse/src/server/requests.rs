@@ -312,7 +312,7 @@ impl Filesystem for Server {
         let direct = past_pages && flags.0 & libc::O_DIRECT != 0;
         let outcome = self
             .growing(
-                (request, number),
+                (request, number, Some(handle)),
                 (open.file().len(), offset + data.len() as u64),
                 || self.write_data(&open, offset, data, direct, write_back),
                 |&done| offset + done as u64,
@@ -351,13 +351,16 @@ impl Filesystem for Server {
     fn release(
         &self,
         _request: &Request,
-        _number: INodeNo,
+        number: INodeNo,
         handle: FileHandle,
         _flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         _flush: bool,
         reply: ReplyEmpty,
     ) {
+        if let Some(growth) = self.inodes.growth(number.0) {
+            growth.close(handle.0);
+        }
         let closed = self.files.remove(handle.0);
         drop(closed);
         reply.ok();
@@ -553,7 +556,7 @@ impl Filesystem for Server {
                 _ => 0,
             };
             self.growing(
-                (request, number),
+                (request, number, Some(handle)),
                 (open.file().len(), reaches),
                 || open.file().allocate(how, offset..end),
                 |()| reaches,
@@ -612,7 +615,7 @@ impl Filesystem for Server {
             );
             let end = offset_out.saturating_add(len);
             self.growing(
-                (request, number_out),
+                (request, number_out, Some(handle_out)),
                 (to.len(), end),
                 || self.copy(from, to, (offset_in, offset_out), len),
                 |&done| offset_out + u64::from(done),
