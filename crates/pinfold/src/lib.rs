@@ -51,6 +51,7 @@ pub use node::{Node, ObjectLayer, RenameFlags, SetXattr};
 pub use open_options::OpenOptions;
 pub use pinfold_base::{ByteOffset, Errno, PAGE_SIZE, PageIndex, Progress};
 pub use pinfold_cache::{CacheSnapshot, Lease, MEMORY_MIN};
+pub use pinfold_mem::forked::Process;
 pub use pinfold_mem::sys::writev_spans;
 pub use pinfold_mem::{AlignedBuf, Direction, IoSpan, IovCursor, RawSpan, faultin};
 pub use pinfold_store::dir::namespace::DirEntry;

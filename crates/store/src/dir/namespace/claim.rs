@@ -3,6 +3,7 @@
 //! The directory is locked exclusively with flock(2), its ancestors on the same filesystem shared: so a second Pinfold
 //! meets the lock on the same directory, on one above (it asks for shared there) and on one below (its exclusive lock
 //! meets the shared one). The locks vanish with their descriptors, also when the process is killed.
+//! A forked child inherits descriptors of the same locks; so they are taken off when the claim ends, however long it lives.
 //! Ancestors that cannot be opened, that others use for temporary files (sticky ones, where cleaning programs take
 //! locks of their own) and the root directory are left out: nobody serves those.
 
@@ -12,6 +13,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use pinfold_base::Errno;
+use pinfold_mem::forked::Process;
 use rustix::fs::{FlockOperation, Mode, OFlags, Stat};
 
 use super::OpenError;
@@ -24,6 +26,7 @@ const ANCESTORS_MAX: usize = 2048;
 pub struct Claim {
     /// The locked directories, the served one first; empty where the filesystem cannot lock directories.
     locks: Vec<OwnedFd>,
+    process: Process,
 }
 
 impl Claim {
@@ -40,7 +43,7 @@ impl Claim {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(claimed(path, &own, &stat)),
             // Some network filesystems cannot lock a directory; two servers there are the user's to avoid.
-            Err(_) => return Ok(Self { locks: Vec::new() }),
+            Err(_) => return Ok(Self::over(Vec::new())),
         }
         let mut locks = vec![own];
         let top = rustix::fs::stat("/").map(|top| (top.st_dev, top.st_ino));
@@ -66,13 +69,32 @@ impl Claim {
             }
             locks.push(parent);
         }
-        Ok(Self { locks })
+        Ok(Self::over(locks))
+    }
+
+    fn over(locks: Vec<OwnedFd>) -> Self {
+        Self {
+            locks,
+            process: Process::current(),
+        }
     }
 
     /// Tells whether the filesystem could lock the directory: otherwise a second server goes unnoticed.
     #[must_use]
     pub fn is_exclusive(&self) -> bool {
         !self.locks.is_empty()
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if !self.process.is_current() {
+            return;
+        }
+        for lock in &self.locks {
+            // A failure leaves what closing the descriptor does.
+            let _ = rustix::fs::flock(lock, FlockOperation::Unlock);
+        }
     }
 }
 
