@@ -17,9 +17,13 @@
 //! A thread that blocks SIGSEGV or SIGBUS is killed by the kernel at its first bad copy; a handler installed
 //! over ours must chain (call [`install`] again after installing one).
 
+mod touching;
+
 use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
 
 use pinfold_base::Progress;
+
+pub(crate) use touching::copy_touching;
 
 /// What an access wants to do with memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -487,6 +491,9 @@ extern "C" fn on_fault<const LEVEL: usize>(
         && serve_mapped(addr, arch::access(interrupted))
     {
         return;
+    }
+    if touching::is_interrupted(interrupted) {
+        return touching::give_up(interrupted, addr);
     }
     chain(LEVEL, signal, info, context);
 }

@@ -6,12 +6,14 @@
 use std::io::{IoSlice, IoSliceMut};
 use std::marker::PhantomData;
 
-use pinfold_base::Progress;
+use pinfold_base::{PAGE_SIZE, Progress};
 use smallvec::{SmallVec, smallvec};
 
-use crate::copy::{Access, CopyStop, copy_nofault};
+use crate::copy::{Access, CopyStop, copy_nofault, copy_touching};
 use crate::mapped::{self, Extent, Lent};
 use crate::span::RawSpan;
+
+const PAGE: usize = PAGE_SIZE as usize;
 
 /// Which way the bytes go, seen from the caller's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -359,6 +361,45 @@ impl<'a> IovCursor<'a> {
     pub fn copy_slice_nofault(&mut self, slice: &mut [u8]) -> Progress<CopyStop> {
         // SAFETY: an exclusive slice is resident enough: its faults are the kernel's to resolve.
         unsafe { self.copy_nofault(slice.as_mut_ptr(), slice.len()) }
+    }
+
+    /// Copies between the cursor and a slice of the library's own with nothing held, waiting for pages of mappings that are
+    /// not there and touching those that cannot be lent, as the program itself would.
+    ///
+    /// Other memory is treated as by [`IovCursor::copy_nofault`]: bring it in and call again.
+    pub fn copy_slice_waiting(&mut self, slice: &mut [u8]) -> Progress<CopyStop> {
+        let mut done = 0;
+        loop {
+            let ours = &mut slice[done..];
+            let lent = self.copy_slice_nofault(ours);
+            // At most the slice's length.
+            done += lent.done as usize;
+            let Some(stop @ CopyStop::NeedFault { addr, .. }) = lent.stop else {
+                return Progress {
+                    done: done as u64,
+                    stop: lent.stop,
+                };
+            };
+            let ours = &mut slice[done..];
+            let ahead = self.single_segment_count().min(ours.len());
+            let Extent::Mapped(part) = mapped::extent(addr, ahead) else {
+                return Progress::stopped(done as u64, stop);
+            };
+            // A page at a time: the next one may be lent.
+            let n = part.min(PAGE - addr % PAGE);
+            let user = std::ptr::with_exposed_provenance_mut::<u8>(addr);
+            let touched = match self.direction {
+                // SAFETY: `ours` is exclusive and at least `n` long; the cursor's maker vouches for the user's side.
+                Direction::Source => unsafe { copy_touching(ours.as_mut_ptr(), user, n) },
+                // SAFETY: as above, the other way.
+                Direction::Target => unsafe { copy_touching(user, ours.as_ptr(), n) },
+            };
+            self.advance(touched.done as usize);
+            done += touched.done as usize;
+            if let Some(stop) = touched.stop {
+                return Progress::stopped(done as u64, stop);
+            }
+        }
     }
 }
 

@@ -5,7 +5,11 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use pinfold_base::Progress;
+
 use super::*;
+use crate::copy::CopyStop;
+use crate::iov::{Direction, IovCursor};
 use crate::mapped::{self, Lent, MappedMemory, Registration, SignalVerdict};
 use crate::region_for_tests::alone;
 use crate::span::AlignedBuf;
@@ -565,6 +569,80 @@ fn private_stores_stay_with_their_mapping() {
         rig.window.punch(0..1).unwrap();
         assert_eq!([load(rig.at(0, 0)), load(rig.at(0, 1))], *b"Ph");
         assert_eq!(rig.told(), []);
+    });
+}
+
+#[test]
+fn a_waiting_copy_touches_what_is_not_lent_and_is_served_in_the_middle() {
+    within(|| {
+        // Nothing is ever lent by the rig.
+        let kind = UserMapKind::Private;
+        let inline = Rig::of(kind, Delivery::Inline, Privilege::ANY, false);
+        let _table = inline.in_table();
+        for page in 0..3 {
+            inline.window.write_page(page, 0, &[b'a' + page as u8; P]);
+        }
+        let spans = [RawSpan {
+            addr: inline.at(0, 10),
+            len: 3 * P - 10,
+        }];
+        // SAFETY: reads mapped memory.
+        let mut cursor = unsafe { IovCursor::from_raw(Direction::Source, &spans) };
+        let mut out = vec![0; 3 * P - 10];
+        assert_eq!(
+            cursor.copy_slice_nofault(&mut out).done,
+            0,
+            "an ordinary copy does not wait"
+        );
+        assert_eq!(
+            cursor.copy_slice_waiting(&mut out),
+            Progress::complete(3 * P as u64 - 10)
+        );
+        assert_eq!((out[0], out[P], out[3 * P - 11]), (b'a', b'b', b'c'));
+        // The other way, into private copies.
+        // SAFETY: writes mapped memory that nobody refers to.
+        let mut cursor = unsafe { IovCursor::from_raw(Direction::Target, &spans) };
+        assert_eq!(cursor.copy_slice_waiting(&mut [b'!'; 5]).done, 5);
+        assert_eq!([load(inline.at(0, 9)), load(inline.at(0, 14))], *b"a!");
+    });
+}
+
+#[test]
+fn a_waiting_copy_sleeps_where_a_handler_serves_and_ends_where_nobody_can() {
+    within(|| {
+        let rig = Rig::new(Delivery::Handler, Privilege::ANY);
+        let _table = rig.in_table();
+        let copying = {
+            let rig = Arc::clone(&rig);
+            std::thread::spawn(move || {
+                let spans = [RawSpan {
+                    addr: rig.at(0, P - 2),
+                    len: 4,
+                }];
+                // SAFETY: reads mapped memory.
+                let mut cursor = unsafe { IovCursor::from_raw(Direction::Source, &spans) };
+                let mut out = [0; 4];
+                assert_eq!(cursor.copy_slice_waiting(&mut out), Progress::complete(4));
+                out
+            })
+        };
+        assert_eq!(rig.serve_one().addr, rig.at(0, P - 2));
+        assert_eq!(rig.serve_one().addr, rig.at(1, 0));
+        assert_eq!(copying.join().unwrap(), *b"aabb");
+        // Unmapped while the table still has it.
+        rig.map.unmap(5..6).unwrap();
+        let spans = [RawSpan {
+            addr: rig.at(5, 7),
+            len: 4,
+        }];
+        // SAFETY: an address with nothing behind it; the copy says so.
+        let mut cursor = unsafe { IovCursor::from_raw(Direction::Source, &spans) };
+        let stop = CopyStop::NeedFault {
+            addr: rig.at(5, 7),
+            access: Access::Read,
+        };
+        let outcome = cursor.copy_slice_waiting(&mut [0; 4]);
+        assert_eq!(outcome, Progress::stopped(0, stop));
     });
 }
 
