@@ -449,6 +449,30 @@ impl FilePages {
         Ok(MapOutcome::Mapped)
     }
 
+    /// Installs a locked page of the window again; it may have been protected or dropped out of the mapping since.
+    pub(crate) fn install_again(
+        self: &Arc<Self>,
+        folio: Folio<'_>,
+        access: Access,
+        target: &dyn MapTarget,
+    ) -> Result<(), CacheError> {
+        let service = Service {
+            target,
+            access,
+            by_hand: false,
+            signal: false,
+        };
+        let page = folio.page();
+        if service.stores() {
+            self.make_dirty(&folio);
+        }
+        let _mapped = self.install_here(folio, &(page..page + 1), service)?;
+        if service.stores() {
+            self.note_dirty_file();
+        }
+        Ok(())
+    }
+
     /// Installs cached pages of a range for reading, as long as nobody has to be waited for.
     fn install_around(&self, pages: Range<u64>, service: Service<'_>) {
         let covers = service.target.covers();

@@ -434,12 +434,7 @@ impl FilePages {
             cache.counters.write_errors.bump();
             self.errors().set(error.errno);
         }
-        if let Some(window) = self.window()
-            && frames.iter().any(|&frame| cache.in_window(frame))
-        {
-            // The transfer went by the library's own address: without this the pages would count twice in the process.
-            window.drop_alias(start..start + frames.len() as u64);
-        }
+        self.drop_aliases(start, frames);
         for (i, &frame) in frames.iter().enumerate() {
             let page = start + i as u64;
             let stored = outcome.stop.is_none() || (i as u64 + 1) * PAGE_SIZE <= outcome.done;
@@ -447,6 +442,19 @@ impl FilePages {
             self.leave_write_back(page, frame, if stored { 0 } else { ERROR }, again);
         }
         cache.note_progress();
+    }
+
+    /// Takes pages of the window out of the library's own page tables, by which a transfer went: they would count twice in
+    /// the process.
+    fn drop_aliases(&self, start: u64, frames: &[Frame]) {
+        let windowed = |&frame: &Frame| self.cache().in_window(frame);
+        let (first, last) = (
+            frames.iter().position(windowed),
+            frames.iter().rposition(windowed),
+        );
+        if let (Some(window), Some(first), Some(last)) = (self.window(), first, last) {
+            window.drop_alias(start + first as u64..start + last as u64 + 1);
+        }
     }
 
     /// Takes a page that was never sent back from WRITEBACK to DIRTY.

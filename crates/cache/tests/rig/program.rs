@@ -215,8 +215,12 @@ impl ReverseMap for Reverse {
         if let Some(inner) = self.0.upgrade()
             && inner.shared()
         {
-            let (at, len) = inner.range(&pages);
-            inner.uffd.protect(at, len).unwrap();
+            let covers = inner.covers();
+            let pages = pages.start.max(covers.start)..pages.end.min(covers.end);
+            if !pages.is_empty() {
+                let (at, len) = inner.range(&pages);
+                inner.uffd.protect(at, len).unwrap();
+            }
         }
     }
 }
