@@ -23,7 +23,6 @@ use crate::lease::PageRef;
 use crate::map::ReverseMap;
 use crate::readahead::ReadAhead;
 use crate::state::{DIRTY, HOME_ARENA, LOCKED, RefOutcome, UPTODATE};
-use pinfold_mem::window::WindowError;
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// Pages in one read transfer at most: 512 KiB keeps several in flight within a window.
@@ -67,11 +66,11 @@ pub struct FilePages {
     id: u64,
     cache: Arc<Cache>,
     object: Arc<dyn Object>,
-    homes: Arc<Homes>,
+    pub(crate) homes: Arc<Homes>,
     /// The user mappings, once there is a window.
-    reverse: OnceLock<Arc<dyn ReverseMap>>,
+    pub(crate) reverse: OnceLock<Arc<dyn ReverseMap>>,
     /// Serializes the making of the window.
-    opening: Mutex<()>,
+    pub(crate) opening: Mutex<()>,
     /// The file's size in bytes. Read after a page was seen valid (release/acquire), so that data is visible before
     /// size (B-4).
     end: AtomicU64,
@@ -167,58 +166,6 @@ impl FilePages {
     #[must_use]
     pub fn window(&self) -> Option<&Arc<Window>> {
         self.homes.window()
-    }
-
-    /// Makes the file's pages mappable: the first `pages` of them have addresses in the window from here on. `reverse` is
-    /// told when access to them must end; the first call's stays.
-    ///
-    /// # Errors
-    /// [`CacheError::Window`]: no descriptor, no address space, or past the limit on file sizes.
-    pub fn open_window(
-        &self,
-        pages: u64,
-        reverse: Arc<dyn ReverseMap>,
-    ) -> Result<&Arc<Window>, CacheError> {
-        let refused = |error: WindowError| CacheError::Window(error.errno());
-        if self.homes.window().is_none() {
-            let _turn = self.opening.lock();
-            if self.homes.window().is_none() {
-                let window = Window::new().map_err(refused)?;
-                self.cache.open_slots(self.id, &window);
-                let _ = self.reverse.set(reverse);
-                self.homes.open(window);
-            }
-        }
-        let window = self
-            .homes
-            .window()
-            .expect("it was there, or was made above");
-        window.ensure(pages).map_err(refused)?;
-        Ok(window)
-    }
-
-    /// Write-protects pages in every mapping. Their locks are held.
-    pub(crate) fn protect(&self, pages: Range<u64>) {
-        if let Some(reverse) = self.reverse.get() {
-            reverse.protect(pages);
-        }
-    }
-
-    /// Takes pages out of every shared mapping. Their locks are held.
-    pub(crate) fn unmap(&self, pages: Range<u64>) {
-        if let Some(reverse) = self.reverse.get() {
-            reverse.unmap(pages);
-        }
-    }
-
-    /// Takes pages out of the window and so out of every mapping. Their locks are held, they are invalid and unused.
-    pub(crate) fn punch(&self, pages: Range<u64>) {
-        if let Some(window) = self.homes.window()
-            && window.punch(pages.clone()).is_err()
-        {
-            // The memory stays behind until the page comes back; nobody must see it meanwhile.
-            self.unmap(pages);
-        }
     }
 
     /// Returns where the bytes are stored.

@@ -14,7 +14,8 @@ use std::sync::Arc;
 
 use pinfold_base::{Errno, PAGE_SIZE};
 use pinfold_mem::uffd::{InstallStop, Installed};
-use pinfold_mem::{Access, RawSpan};
+use pinfold_mem::window::WindowError;
+use pinfold_mem::{Access, RawSpan, Window};
 use smallvec::SmallVec;
 
 use crate::CacheError;
@@ -112,6 +113,58 @@ impl Service<'_> {
 }
 
 impl FilePages {
+    /// Makes the file's pages mappable: the first `pages` of them have addresses in the window from here on. `reverse` is
+    /// told when access to them must end; the first call's stays.
+    ///
+    /// # Errors
+    /// [`CacheError::Window`]: no descriptor, no address space, or past the limit on file sizes.
+    pub fn open_window(
+        &self,
+        pages: u64,
+        reverse: Arc<dyn ReverseMap>,
+    ) -> Result<&Arc<Window>, CacheError> {
+        let refused = |error: WindowError| CacheError::Window(error.errno());
+        if self.homes.window().is_none() {
+            let _turn = self.opening.lock();
+            if self.homes.window().is_none() {
+                let window = Window::new().map_err(refused)?;
+                self.cache().open_slots(self.id(), &window);
+                let _ = self.reverse.set(reverse);
+                self.homes.open(window);
+            }
+        }
+        let window = self
+            .homes
+            .window()
+            .expect("it was there, or was made above");
+        window.ensure(pages).map_err(refused)?;
+        Ok(window)
+    }
+
+    /// Write-protects pages in every mapping. Their locks are held.
+    pub(crate) fn protect(&self, pages: Range<u64>) {
+        if let Some(reverse) = self.reverse.get() {
+            reverse.protect(pages);
+        }
+    }
+
+    /// Takes pages out of every shared mapping. Their locks are held.
+    pub(crate) fn unmap(&self, pages: Range<u64>) {
+        if let Some(reverse) = self.reverse.get() {
+            reverse.unmap(pages);
+        }
+    }
+
+    /// Takes pages out of the window and so out of every mapping. Their locks are held, they are invalid and unused.
+    pub(crate) fn punch(&self, pages: Range<u64>) {
+        if let Some(window) = self.homes.window()
+            && window.punch(pages.clone()).is_err()
+        {
+            // The memory stays behind until the page comes back; nobody must see it meanwhile.
+            self.unmap(pages);
+        }
+    }
+
     fn pages_end(&self) -> u64 {
         self.end().div_ceil(PAGE_SIZE)
     }
