@@ -689,6 +689,12 @@ impl Cache {
         self.limit_pages() / 2
     }
 
+    /// Tells whether so little is dirty that nobody is slowed down and nothing started. Takes no lock.
+    #[must_use]
+    pub fn is_calm(&self) -> bool {
+        self.dirty_pages() <= self.background_pages()
+    }
+
     /// Slows a writer down while too much is dirty. Called with no folio locked; an inode's lock or a glock may be
     /// held, because write-back takes neither (G-6, H-5).
     ///

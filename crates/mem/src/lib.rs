@@ -14,6 +14,7 @@
 )]
 
 pub mod arena;
+pub mod bus;
 pub mod clock;
 pub mod copy;
 pub mod creds;
@@ -22,6 +23,7 @@ mod epochs;
 pub mod exit;
 pub mod faultin;
 pub mod forked;
+pub mod futex;
 pub mod homes;
 pub mod iov;
 pub mod limits;

@@ -33,9 +33,9 @@ use smallvec::{SmallVec, smallvec};
 use crate::copy::CopyStop;
 use crate::descriptor::high;
 use crate::forked;
-use crate::iov::IovCursor;
+use crate::iov::{Direction, IovCursor};
 use crate::limits::{file_size, without_file_size_limit};
-use crate::span::{IoSpan, Segments};
+use crate::span::{IoSpan, RawSpan, Segments};
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// Pages of the first alias segment; each further one doubles what there is.
@@ -507,6 +507,38 @@ impl UserMap {
     pub fn page_at(&self, addr: usize) -> Option<u64> {
         let at = addr.checked_sub(self.addr())?;
         (at < self.len()).then(|| self.pages.start + (at / PAGE) as u64)
+    }
+
+    /// Copies mapped bytes from `at` on, without resolving faults; byte `done` is the first that could not be.
+    ///
+    /// # Panics
+    /// When the range leaves the mapping as it was made.
+    pub fn load(&self, at: usize, into: &mut [u8]) -> Progress<CopyStop> {
+        let span = self.span(at, into.len());
+        // SAFETY: mapped memory, into which nobody holds references (`UserMap`); or unmapped, which the copy reports.
+        let mut cursor = unsafe { IovCursor::from_raw(Direction::Source, &[span]) };
+        cursor.copy_slice_nofault(into)
+    }
+
+    /// Stores to mapped bytes from `at` on, without resolving faults; byte `done` is the first that could not be.
+    ///
+    /// # Panics
+    /// When the range leaves the mapping as it was made.
+    pub fn store(&self, at: usize, from: &[u8]) -> Progress<CopyStop> {
+        let span = self.span(at, from.len());
+        // SAFETY: as for `load`.
+        let mut cursor = unsafe { IovCursor::from_raw(Direction::Target, &[span]) };
+        // SAFETY: the slice is resident enough (`IovCursor::copy_slice_nofault`), and a target cursor only reads it.
+        unsafe { cursor.copy_nofault(from.as_ptr().cast_mut(), from.len()) }
+    }
+
+    fn span(&self, at: usize, len: usize) -> RawSpan {
+        let fits = at.checked_add(len).is_some_and(|end| end <= self.len());
+        assert!(fits, "{len} bytes at {at} leave the mapping");
+        RawSpan {
+            addr: self.addr() + at,
+            len,
+        }
     }
 
     /// Lists the page ranges that are still mapped.

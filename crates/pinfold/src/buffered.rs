@@ -13,7 +13,7 @@ use crate::direct::past_cache;
 use crate::engine::Reserve;
 use crate::error::Error;
 use crate::file::File;
-use crate::io::{IoOptions, Next, Stalls, bad_buffer, bounce_in, clamp_write};
+use crate::io::{IoOptions, Next, Stalls, bad_buffer, bounce_in, clamp_write, copy_waiting};
 
 const PAGE: usize = PAGE_SIZE as usize;
 
@@ -217,7 +217,7 @@ fn read_stalled(
     match stalls.resolve(stop, cursor, want) {
         Next::Retry => Ok(0),
         Next::BadBuffer => Err(()),
-        Next::Bounce => match cursor.copy_slice_nofault(&mut bounce[..want]).done {
+        Next::Bounce => match copy_waiting(cursor, &mut bounce[..want]) as u64 {
             0 => Err(()),
             moved => {
                 stalls.progressed();
@@ -263,6 +263,14 @@ impl Write<'_> {
         if let Err(error) = self.place(cursor) {
             return Rounds::Ended(Some(error));
         }
+        let before = inode.len();
+        let ended = self.rounds(cursor);
+        inode.note_growth(before);
+        ended
+    }
+
+    /// The rounds themselves.
+    fn rounds(&mut self, cursor: &mut IovCursor<'_>) -> Rounds {
         // A copy that stopped inside a page whose rest is not valid commits nothing; the next asks for what was good.
         let mut only = usize::MAX;
         while cursor.count() > 0 {

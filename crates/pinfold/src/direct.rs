@@ -1,4 +1,7 @@
-//! Direct I/O with ordinary memory: SEMANTICS.md section C, the part that keeps the cache honest.
+//! Direct I/O: SEMANTICS.md section C, the part that keeps the cache honest.
+//!
+//! Ordinary memory is given to the kernel as it is; memory that is mapped from a file goes through a buffer of our own, which is
+//! filled and emptied with nothing held.
 //!
 //! A write blocks the gate until it has completed, so that nobody refills its range from the store meanwhile (C-1), and
 //! invalidates what it covers before and after, whatever the outcome (C-10). A read writes back what is dirty in its
@@ -6,13 +9,18 @@
 
 use pinfold_base::{Errno, PAGE_SIZE, Progress, page_span};
 use pinfold_cache::CacheError;
-use pinfold_mem::{IovCursor, Segments, faultin};
+use pinfold_mem::{AlignedBuf, IovCursor, Segments, faultin, mapped};
 use pinfold_store::{Object, StoreError};
 
 use crate::error::Error;
 use crate::file::File;
 use crate::inode::Inode;
-use crate::io::{IoOptions, bad_buffer, clamp_write};
+use crate::io::{IoOptions, bad_buffer, clamp_write, copy_waiting};
+
+/// Bytes moved at once by way of a buffer of our own (section C).
+const BOUNCE_BYTES: usize = 1 << 20;
+/// The same for what is appended: so much goes in one piece.
+const APPEND_BOUNCE_BYTES: usize = 16 << 20;
 
 impl File {
     pub(crate) fn read_direct(
@@ -30,6 +38,9 @@ impl File {
         let object = inode.object().as_ref();
         if let Err(error) = check_alignment("read", object, offset, cursor) {
             return Progress::stopped(0, error);
+        }
+        if touches_mappings(cursor) {
+            return self.read_bounced(cursor, offset, how);
         }
         let wanted = offset..offset.saturating_add(cursor.count() as u64);
         if how.nowait
@@ -84,7 +95,93 @@ impl File {
         offset: u64,
         how: &IoOptions<'_>,
     ) -> (Progress<Error>, u64) {
+        if touches_mappings(cursor) {
+            return self.write_bounced(cursor, offset, how);
+        }
         self.write_direct_round(cursor, offset, how, true)
+    }
+
+    /// Reads past the cache into memory that is mapped from a file: the kernel is never given such an address, so that
+    /// no transfer waits for a fault, nor a fault for the transfer (D-1, D-2).
+    fn read_bounced(
+        &self,
+        cursor: &mut IovCursor<'_>,
+        offset: u64,
+        how: &IoOptions<'_>,
+    ) -> Progress<Error> {
+        let asked = cursor.count();
+        let mut done = 0;
+        let stop = loop {
+            let len = cursor.count().min(BOUNCE_BYTES);
+            if len == 0 {
+                break None;
+            }
+            let mut buf = AlignedBuf::zeroed(len);
+            let bounce = &mut buf.as_mut_slice()[..len];
+            let mut inner = IovCursor::from_mut_slice(bounce);
+            let moved = self.read_direct(&mut inner, offset + done, how);
+            // At most BOUNCE_BYTES.
+            let got = moved.done as usize;
+            let delivered = copy_waiting(cursor, &mut bounce[..got]);
+            done += delivered as u64;
+            if delivered < got {
+                break Some(bad_buffer("read", offset, asked));
+            }
+            if moved.stop.is_some() || got < len {
+                break moved.stop;
+            }
+        };
+        Progress { done, stop }
+    }
+
+    /// Writes memory that is mapped from a file past the cache.
+    fn write_bounced(
+        &self,
+        cursor: &mut IovCursor<'_>,
+        offset: u64,
+        how: &IoOptions<'_>,
+    ) -> (Progress<Error>, u64) {
+        let object = self.inode().object().as_ref();
+        if let Err(error) = check_alignment("write", object, offset, cursor) {
+            return (Progress::stopped(0, error), offset);
+        }
+        let asked = cursor.count();
+        let block = object.geometry().block.max(1) as usize;
+        let (mut done, mut end) = (0, offset);
+        let stop = loop {
+            // What is appended must not be torn by others who append.
+            let most = if how.append {
+                APPEND_BOUNCE_BYTES
+            } else {
+                BOUNCE_BYTES
+            };
+            let len = cursor.count().min(most);
+            if len == 0 {
+                break None;
+            }
+            let mark = cursor.mark();
+            let mut buf = AlignedBuf::zeroed(len);
+            let bounce = &mut buf.as_mut_slice()[..len];
+            let got = copy_waiting(cursor, bounce);
+            cursor.restore(mark);
+            let whole = if got < len { got - got % block } else { got };
+            if whole == 0 {
+                break Some(bad_buffer("write", offset, asked));
+            }
+            let mut inner = IovCursor::from_slice(&bounce[..whole]);
+            let (moved, behind) = self.write_direct_round(&mut inner, offset + done, how, true);
+            // At most `whole`.
+            cursor.advance(moved.done as usize);
+            done += moved.done;
+            end = behind;
+            if moved.stop.is_some() || moved.done < whole as u64 {
+                break moved.stop;
+            }
+            if got < len {
+                break Some(bad_buffer("write", offset, asked));
+            }
+        };
+        (Progress { done, stop }, end)
     }
 
     fn write_direct_round(
@@ -190,12 +287,22 @@ pub(crate) fn past_cache<E: From<StoreError>>(
     pages.invalidate(range.clone());
     let moved = submit();
     if moved.done > 0 {
-        pages.set_end(pages.end().max(offset + moved.done));
+        let end = pages.end();
+        pages.set_end(end.max(offset + moved.done));
+        inode.note_growth(end);
         inode.touch_modified();
     }
     // After the size is raised, and on errors too: what was submitted may have been stored (C-2, C-10).
     pages.invalidate(range);
     moved
+}
+
+/// Tells whether any memory ahead is mapped from a file.
+fn touches_mappings(cursor: &IovCursor<'_>) -> bool {
+    mapped::any()
+        && cursor
+            .spans_ahead()
+            .any(|span| mapped::touches(span.addr, span.len))
 }
 
 fn check_alignment(

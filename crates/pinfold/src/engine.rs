@@ -1,12 +1,17 @@
 //! What all files of a volume share: the cache and the room left in the store.
 
+use std::any::Any;
 use std::fmt;
-use std::sync::Arc;
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::Mutex;
 use pinfold_base::PAGE_SIZE;
 use pinfold_cache::Cache;
+use pinfold_fault::Faults;
+use pinfold_mem::Privilege;
+use pinfold_mem::forked::Process;
 use pinfold_store::Object;
 
 /// Below this much room a write reserves its space in the store before it is acknowledged.
@@ -18,6 +23,17 @@ pub struct Engine {
     /// Whether RLIMIT_FSIZE of this process binds writers.
     pub(crate) file_size_limit: bool,
     room: Room,
+    /// The process it serves; a forked child has its memory and none of its threads.
+    pub(crate) process: Process,
+    /// Pages that mappings have pinned.
+    pub(crate) pinned_pages: AtomicU64,
+    /// How a userfaultfd may be had.
+    privileges: RangeInclusive<Privilege>,
+    /// Kept by the volume and by mappings, not from here: a thread of its pool may be the last to let go of an inode, and
+    /// it cannot wait for itself.
+    faults: Mutex<Weak<Faults>>,
+    /// The volume, for those who keep it alive.
+    volume: OnceLock<Weak<dyn Any + Send + Sync>>,
 }
 
 impl fmt::Debug for Engine {
@@ -47,10 +63,19 @@ pub(crate) enum Reserve {
 }
 
 impl Engine {
-    pub(crate) fn new(cache: Arc<Cache>, file_size_limit: bool) -> Arc<Self> {
+    pub(crate) fn new(
+        cache: Arc<Cache>,
+        file_size_limit: bool,
+        privileges: RangeInclusive<Privilege>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             cache,
             file_size_limit,
+            process: Process::current(),
+            pinned_pages: AtomicU64::new(0),
+            privileges,
+            faults: Mutex::new(Weak::new()),
+            volume: OnceLock::new(),
             room: Room {
                 credit: AtomicU64::new(0),
                 turn: Mutex::new(()),
@@ -58,16 +83,39 @@ impl Engine {
         })
     }
 
+    /// Returns who serves faults in mappings of the volume's files.
+    pub(crate) fn faults(&self) -> Arc<Faults> {
+        let mut faults = self.faults.lock();
+        faults.upgrade().unwrap_or_else(|| {
+            let new = Faults::new(self.privileges.clone());
+            *faults = Arc::downgrade(&new);
+            new
+        })
+    }
+
+    /// Names the volume; once.
+    pub(crate) fn set_volume(&self, volume: Weak<dyn Any + Send + Sync>) {
+        let _ = self.volume.set(volume);
+    }
+
+    /// Returns what keeps the volume going; none when it has ended.
+    pub(crate) fn volume(&self) -> Option<Arc<dyn Any + Send + Sync>> {
+        self.volume.get().and_then(Weak::upgrade)
+    }
+
+    /// Accounts for `bytes` about to be written if that needs no asking.
+    pub(crate) fn reserve_at_once(&self, bytes: u64) -> bool {
+        let take = |credit: u64| credit.checked_sub(bytes);
+        self.room
+            .credit
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+            .is_ok()
+    }
+
     /// Accounts for `bytes` about to be written; tells whether they have to be reserved one by one.
     #[inline]
     pub(crate) fn reserve(&self, bytes: u64, object: &dyn Object) -> Reserve {
-        let taken = self
-            .room
-            .credit
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |credit| {
-                credit.checked_sub(bytes)
-            });
-        if taken.is_ok() {
+        if self.reserve_at_once(bytes) {
             return Reserve::Not;
         }
         self.ask_for_room(bytes, object)

@@ -10,6 +10,8 @@ use pinfold_cache::CacheError;
 use pinfold_mem::ArenaError;
 use pinfold_store::StoreError;
 
+use crate::file::File;
+
 /// Result of the public API.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -33,6 +35,8 @@ pub enum ErrorKind {
     AlreadyServed,
     /// An argument is not acceptable: a range, an alignment, a flag, a budget.
     Invalid(Errno),
+    /// This process was forked from the one that opened the volume, and has no engine (`ENOTCONN`).
+    Forked,
     /// The file was changed behind this engine's back while it held newer data (`ESTALE`).
     Stale,
 }
@@ -81,6 +85,15 @@ impl Error {
     pub fn at_path(mut self, path: impl AsRef<Path>) -> Self {
         self.place.get_or_insert_default().path = Some(path.as_ref().to_owned());
         self
+    }
+
+    /// Adds the path that a file was opened by, where that is known.
+    #[must_use]
+    pub(crate) fn at_path_of(self, file: &File) -> Self {
+        match file.path() {
+            Some(path) => self.at_path(path),
+            None => self,
+        }
     }
 
     /// Adds the bytes concerned.
@@ -157,6 +170,7 @@ impl Error {
             ErrorKind::NoFrames => Errno::ENOMEM,
             ErrorKind::AlreadyServed => Errno::EBUSY,
             ErrorKind::Stale => Errno::ESTALE,
+            ErrorKind::Forked => Errno::ENOTCONN,
             ErrorKind::Store(errno) | ErrorKind::Name(errno) | ErrorKind::Invalid(errno) => errno,
         }
     }
@@ -181,6 +195,9 @@ impl fmt::Display for Error {
             ErrorKind::AlreadyServed => {
                 f.write_str(": another Pinfold serves this directory; stop it or serve another")
             }
+            ErrorKind::Forked => f.write_str(
+                ": this process was forked from the one that opened the volume; open it anew here",
+            ),
             ErrorKind::Stale => {
                 f.write_str(": it was changed by somebody else while newer data was cached here")
             }

@@ -3,15 +3,16 @@
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut, SeekFrom};
 use std::ops::Range;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use pinfold_base::{Errno, PAGE_SIZE, Progress, page_span};
 use pinfold_cache::{Lease, ReadAhead, Sample, Want};
-use pinfold_mem::{AlignedBuf, IovCursor};
+use pinfold_mem::{AlignedBuf, IovCursor, Quiet};
 use pinfold_store::{Seek, SyncScope};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::inode::Inode;
 use crate::io::{CALL_BYTES_MAX, IoOptions, check_range};
 use crate::node::Node;
@@ -45,6 +46,8 @@ pub struct File {
     ahead: ReadAhead,
     seen: Mutex<Sample>,
     position: Mutex<u64>,
+    /// The path it was opened by, for messages.
+    path: OnceLock<PathBuf>,
 }
 
 impl fmt::Debug for File {
@@ -66,7 +69,34 @@ impl File {
             ahead: ReadAhead::default(),
             seen: Mutex::new(seen),
             position: Mutex::new(0),
+            path: OnceLock::new(),
         }
+    }
+
+    /// Returns the path it was opened by, where there was one.
+    pub(crate) fn path(&self) -> Option<&Path> {
+        self.path.get().map(PathBuf::as_path)
+    }
+
+    /// Names the path it was opened by.
+    pub(crate) fn set_path(&self, path: &Path) {
+        let _ = self.path.set(path.to_owned());
+    }
+
+    /// Begins a call: no handler of the program runs on top of our locks until the result is dropped.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Forked`] in a child of the process that has the engine.
+    pub(crate) fn enter(&self, operation: &'static str) -> Result<Quiet> {
+        if !self.inode.engine().process.is_current() {
+            return Err(Error::new(operation, ErrorKind::Forked).at_path_of(self));
+        }
+        Ok(Quiet::enter())
+    }
+
+    /// As [`Inode::sync_range`], reporting through this description.
+    pub(crate) fn sync_range(&self, bytes: Range<u64>, scope: SyncScope) -> Result<()> {
+        self.inode.sync_range(bytes, scope, &self.seen)
     }
 
     /// Returns the inode's name-space side.
@@ -175,12 +205,14 @@ impl File {
         offset: u64,
         how: &IoOptions<'_>,
     ) -> Progress<Error> {
-        if let Err(error) = self
+        let checks = self
             .may_read("read")
             .and_then(|()| check_range("read", offset, cursor.count()))
-        {
-            return Progress::stopped(0, error);
-        }
+            .and_then(|()| self.enter("read"));
+        let _quiet = match checks {
+            Ok(quiet) => quiet,
+            Err(error) => return Progress::stopped(0, error),
+        };
         let held_back = cursor.count().saturating_sub(CALL_BYTES_MAX);
         cursor.truncate(CALL_BYTES_MAX);
         let progress = if self.access.direct {
@@ -213,10 +245,12 @@ impl File {
     ) -> (Progress<Error>, u64) {
         let checks = self
             .may_write("write")
-            .and_then(|()| check_range("write", offset, cursor.count()));
-        if let Err(error) = checks {
-            return (Progress::stopped(0, error), offset);
-        }
+            .and_then(|()| check_range("write", offset, cursor.count()))
+            .and_then(|()| self.enter("write"));
+        let _quiet = match checks {
+            Ok(quiet) => quiet,
+            Err(error) => return (Progress::stopped(0, error), offset),
+        };
         if cursor.count() == 0 {
             return (Progress::complete(0), offset);
         }
@@ -274,6 +308,7 @@ impl File {
     pub fn lend(&self, offset: u64, len: usize) -> Result<Lease> {
         self.may_read("read")?;
         check_range("read", offset, len)?;
+        let _quiet = self.enter("read")?;
         let pages = self.inode.pages();
         let mut stop = offset.saturating_add(len as u64);
         for _ in 0..LEND_TRIES_MAX {
@@ -350,6 +385,7 @@ impl File {
     pub fn set_len(&self, len: u64) -> Result<()> {
         self.may_write("set the size of")
             .map_err(|_| Error::invalid("set the size of", Errno::EINVAL))?;
+        let _quiet = self.enter("set the size of")?;
         self.inode.set_len(len)
     }
 
@@ -359,6 +395,7 @@ impl File {
     /// # Errors
     /// The error of a write-back since the last report, or of this one.
     pub fn sync_all(&self) -> Result<()> {
+        let _quiet = self.enter("sync")?;
         self.inode.sync(SyncScope::All, &self.seen)
     }
 
@@ -367,6 +404,7 @@ impl File {
     /// # Errors
     /// As [`File::sync_all`].
     pub fn sync_data(&self) -> Result<()> {
+        let _quiet = self.enter("sync")?;
         self.inode.sync(SyncScope::Data, &self.seen)
     }
 
@@ -376,6 +414,7 @@ impl File {
     /// # Errors
     /// The first error of storing a page.
     pub fn write_back(&self, range: Range<u64>) -> Result<()> {
+        let _quiet = self.enter("write back")?;
         self.inode
             .flush_range(range)
             .map_err(|error| Error::store("write back", error))
@@ -386,6 +425,7 @@ impl File {
     /// # Errors
     /// The first error of storing a page.
     pub fn drop_cache(&self) -> Result<()> {
+        let _quiet = self.enter("drop cached pages of")?;
         self.inode.drop_cache()
     }
 
@@ -397,6 +437,7 @@ impl File {
         if offset >= self.len() {
             return Ok(None);
         }
+        let _quiet = self.enter("seek in")?;
         // What is dirty has to be there to be found: the store knows nothing of it yet.
         self.inode.flush()?;
         self.inode
@@ -412,6 +453,7 @@ impl File {
     /// # Errors
     /// The error of a write-back since the last report.
     pub fn close(self) -> Result<()> {
+        let _quiet = self.enter("close")?;
         self.inode.flush()?;
         match self
             .inode
@@ -420,14 +462,19 @@ impl File {
             .check_and_advance(&mut self.seen.lock())
         {
             None => Ok(()),
-            Some(errno) => Err(Error::new("close", crate::error::ErrorKind::Store(errno))),
+            Some(errno) => Err(Error::new("close", ErrorKind::Store(errno))),
         }
     }
 }
 
 impl Drop for File {
     fn drop(&mut self) {
+        let _quiet = Quiet::enter();
         self.inode.closed();
+        if !self.inode.engine().process.is_current() {
+            // The counts that follow are the parent's as well.
+            return;
+        }
         self.node.file_closed();
     }
 }

@@ -11,11 +11,12 @@ use std::time::SystemTime;
 use parking_lot::Mutex;
 use pinfold_base::rank::{Rank, ReadGuard, RwLock, WriteGuard};
 use pinfold_base::{Errno, PAGE_SIZE, page_span};
-use pinfold_cache::{FilePages, Mode, Owner, Sample};
-use pinfold_mem::clock;
+use pinfold_cache::{CacheError, FilePages, MapOutcome, Mode, Owner, Pace, Sample};
+use pinfold_fault::{Fault, FaultTarget, FileMappings};
+use pinfold_mem::{Access, clock};
 use pinfold_store::{Object, StoreError, SyncScope};
 
-use crate::engine::Engine;
+use crate::engine::{Engine, Reserve};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Every filesystem takes files of this size, or says so by itself soon enough: 2 TiB less a block is ext3's limit, and
@@ -42,6 +43,7 @@ pub struct Inode {
     openers: AtomicUsize,
     /// The largest size the store is known to take.
     size_asked: AtomicU64,
+    mappings: Arc<FileMappings>,
     backing: Weak<dyn Backing>,
 }
 
@@ -69,6 +71,7 @@ impl Inode {
             times_pending: AtomicBool::new(false),
             openers: AtomicUsize::new(0),
             size_asked: AtomicU64::new(SIZE_UNASKED_MAX),
+            mappings: Arc::default(),
             backing,
         });
         let owner: Weak<Self> = Arc::downgrade(&inode);
@@ -86,6 +89,17 @@ impl Inode {
 
     pub(crate) fn object(&self) -> &Arc<dyn Object> {
         self.pages.object()
+    }
+
+    pub(crate) fn mappings(&self) -> &Arc<FileMappings> {
+        &self.mappings
+    }
+
+    /// Tells mappings if the file has grown since it ended at `old`: pages they were refused may be touched now.
+    pub(crate) fn note_growth(&self, old: u64) {
+        if self.len() > old {
+            self.mappings.grown();
+        }
     }
 
     /// Takes the inode's lock shared.
@@ -148,7 +162,7 @@ impl Inode {
 
     /// Counts a close; the last one writes back what is dirty, so that it outlives the process.
     pub(crate) fn closed(&self) {
-        if self.openers.fetch_sub(1, Ordering::AcqRel) == 1 {
+        if self.openers.fetch_sub(1, Ordering::AcqRel) == 1 && self.engine.process.is_current() {
             // An error stays in the errseq: the next opener's fsync reports it.
             let _ = self.flush();
         }
@@ -192,7 +206,17 @@ impl Inode {
     /// Nothing is held while it waits. What this very call could not store it reports whatever another thread has heard
     /// meanwhile through the same open file.
     pub(crate) fn sync(&self, scope: SyncScope, seen: &Mutex<Sample>) -> Result<()> {
-        let flushed = self.flush_range(0..u64::MAX);
+        self.sync_range(0..u64::MAX, scope, seen)
+    }
+
+    /// As [`Inode::sync`], for the pages that hold a range.
+    pub(crate) fn sync_range(
+        &self,
+        bytes: Range<u64>,
+        scope: SyncScope,
+        seen: &Mutex<Sample>,
+    ) -> Result<()> {
+        let flushed = self.flush_range(bytes);
         let synced = self.object().sync(scope);
         if let Err(error) = synced {
             self.pages.errors().set(error.errno);
@@ -281,6 +305,7 @@ impl Inode {
                 .map_err(|error| Error::store("set the size of", error))?;
         }
         self.pages.set_end(len);
+        self.note_growth(old);
         self.touch_modified();
         // The store's file has just changed its own times.
         self.tell_times();
@@ -326,7 +351,9 @@ impl Inode {
             return false;
         }
         self.pages.invalidate(0..u64::MAX);
+        let old = self.len();
         self.pages.set_end(len);
+        self.note_growth(old);
         self.forget_modified();
         true
     }
@@ -335,5 +362,59 @@ impl Inode {
 impl Owner for Inode {
     fn wrote_back(&self) {
         self.tell_times();
+    }
+}
+
+impl Inode {
+    /// Does what a first store to a page needs before the page may become dirty: slows the storing thread down, gets
+    /// room in the store, moves the times. Nothing is held.
+    fn begin_store(&self, page: u64) -> std::result::Result<(), CacheError> {
+        let end = self.len();
+        let bytes = page * PAGE_SIZE..end.min((page + 1) * PAGE_SIZE);
+        if bytes.is_empty() || self.pages.next_dirty(page) == Some(page) {
+            // Beyond the end, which the fault will find; or dirty, so all of it is done.
+            return Ok(());
+        }
+        self.engine.cache.throttle(&Pace::default())?;
+        let object = self.object();
+        if self.engine.reserve(PAGE_SIZE, object.as_ref()) == Reserve::Exactly
+            && let Err(error) = object.allocate(bytes)
+            && error.errno != Errno::EOPNOTSUPP
+        {
+            return Err(CacheError::Store(error));
+        }
+        self.touch_modified();
+        Ok(())
+    }
+}
+
+impl FaultTarget for Inode {
+    fn pages(&self) -> &Arc<FilePages> {
+        &self.pages
+    }
+
+    fn fault(&self, fault: &Fault<'_>) -> std::result::Result<MapOutcome, CacheError> {
+        if fault.access == Access::Write {
+            self.begin_store(fault.page)?;
+        }
+        let around = fault.around.clone();
+        self.pages
+            .map(fault.page, fault.access, around, fault.ahead, fault.to)
+    }
+
+    fn try_fault(&self, fault: &Fault<'_>) -> Option<MapOutcome> {
+        if fault.access == Access::Write {
+            // A thread that would be slowed down, or has to ask for room, does so in the pool.
+            if !self.engine.cache.is_calm() || !self.engine.reserve_at_once(PAGE_SIZE) {
+                return None;
+            }
+            self.touch_modified();
+        }
+        self.pages.try_map(fault.page, fault.access, fault.to)
+    }
+
+    fn make_writable(&self, page: u64) -> std::result::Result<MapOutcome, CacheError> {
+        self.begin_store(page)?;
+        self.pages.make_writable(page)
     }
 }

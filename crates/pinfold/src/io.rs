@@ -16,6 +16,8 @@ pub const CALL_BYTES_MAX: usize = 0x7fff_f000;
 const FRUITLESS_MAX: u32 = 2;
 /// The size of a bounce buffer.
 pub(crate) const BOUNCE_BYTES: usize = 64 << 10;
+/// Times one byte's page is brought in for a copy with nothing held.
+const BRING_IN_MAX: u32 = 64;
 /// How much is brought in at once after a copy came to nothing, as gfs2's window.
 const WINDOW_BYTES: usize = 1 << 20;
 
@@ -167,9 +169,31 @@ impl Stalls {
 pub(crate) fn bounce_in(cursor: &mut IovCursor<'_>) -> (AlignedBuf, usize) {
     let mut buf = AlignedBuf::zeroed(BOUNCE_BYTES.min(cursor.count().max(1)));
     let n = buf.len().min(cursor.count());
-    let copied = cursor.copy_slice_nofault(&mut buf.as_mut_slice()[..n]);
-    // At most BOUNCE_BYTES.
-    (buf, copied.done as usize)
+    let copied = copy_waiting(cursor, &mut buf.as_mut_slice()[..n]);
+    (buf, copied)
+}
+
+/// Copies between a cursor and a slice of the library's own with nothing held, bringing in what the copy meets; returns the
+/// bytes moved, fewer than there are only before one that nobody can make accessible.
+///
+/// A page that is brought in can be gone again before it is copied, but hardly so often in a row.
+pub(crate) fn copy_waiting(cursor: &mut IovCursor<'_>, slice: &mut [u8]) -> usize {
+    let want = slice.len().min(cursor.count());
+    let (mut done, mut tries) = (0, 0);
+    while done < want {
+        let copied = cursor.copy_slice_nofault(&mut slice[done..want]);
+        // At most the slice's length.
+        done += copied.done as usize;
+        let Some(stop) = copied.stop else {
+            continue;
+        };
+        tries = if copied.done > 0 { 0 } else { tries + 1 };
+        let hopeless = matches!(stop, CopyStop::Fatal { .. }) || tries > BRING_IN_MAX;
+        if hopeless || faultin::fault_in_cursor(cursor, 1) == 1 {
+            break;
+        }
+    }
+    done
 }
 
 pub(crate) fn bad_buffer(operation: &'static str, offset: u64, count: usize) -> Error {

@@ -25,7 +25,7 @@ pub use pinfold_store::dir::namespace::{RenameFlags, SetXattr};
 
 use crate::directory::Directory;
 use crate::error::{Error, Result};
-use crate::file::File;
+use crate::file::{Access, File};
 use crate::inode::{Backing, Inode};
 use crate::metadata::{Kind, Metadata, NodeId, Owner, SetAttributes, SetTime, Statfs};
 use crate::open_options::OpenOptions;
@@ -452,6 +452,17 @@ impl Node {
             data.inode.set_len(0)?;
         }
         Ok(file)
+    }
+
+    /// Opens a file that is open already once more, with other rights that this one has as well.
+    pub(crate) fn reopen(&self, access: Access) -> Result<File> {
+        let data = self.data()?;
+        let _life = self.0.life.lock();
+        let granted = self
+            .0
+            .with(|_| data.object.grant(access.read, access.write));
+        granted.map_err(failed("open"))?;
+        Ok(File::new(self.clone(), Arc::clone(&data.inode), access))
     }
 
     /// Opens a file that was just created, through the descriptor that created it: its mode may allow no other.

@@ -49,6 +49,7 @@ impl File {
         if range.end > FILE_SIZE_MAX {
             return Err(Error::invalid(OPERATION, Errno::EFBIG).at_range(range));
         }
+        let _quiet = self.enter(OPERATION)?;
         let inode = self.inode();
         let _exclusive = inode.lock_exclusive();
         match mode {
@@ -192,5 +193,6 @@ fn shift(inode: &Inode, how: Rearrange, range: &Range<u64>) -> Result<()> {
         Rearrange::Zero => end,
     };
     inode.pages().set_end(new);
+    inode.note_growth(end);
     Ok(())
 }

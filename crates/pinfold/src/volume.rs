@@ -1,7 +1,9 @@
 //! A volume: a directory served by one engine in this process.
 
+use std::any::Any;
 use std::ffi::OsStr;
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
@@ -10,7 +12,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use pinfold_base::Errno;
 use pinfold_cache::{Cache, CacheConfig, CacheSnapshot, MEMORY_MIN};
-use pinfold_mem::{exit, faultin, uring};
+use pinfold_fault::{FaultSnapshot, Faults};
+use pinfold_mem::{Privilege, exit, faultin, uring};
 use pinfold_store::dir::namespace::{Namespace, OpenError};
 
 use crate::directory::Directory;
@@ -33,7 +36,18 @@ pub struct Volume(Arc<Shared>);
 struct Shared {
     tree: Arc<Tree>,
     engine: Arc<Engine>,
+    faults: Arc<Faults>,
     flusher: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the system lets a volume do.
+#[derive(Debug)]
+pub struct Capabilities {
+    /// How mappings are had; or why they are not.
+    ///
+    /// With [`Privilege::UserModeOnly`] a system call on mapped memory that is not resident fails with `EFAULT`, whatever the
+    /// delivery: [`Mapping::pin`](crate::Mapping::pin) the memory first.
+    pub mappings: Result<Privilege>,
 }
 
 /// What happened in a volume since it was opened.
@@ -41,6 +55,8 @@ struct Shared {
 pub struct Statistics {
     /// The page cache's counters.
     pub cache: CacheSnapshot,
+    /// What happened to faults in mappings.
+    pub faults: FaultSnapshot,
     /// Pages that are dirty or being written now.
     pub pages_dirty: u64,
     /// Pages the budget holds at most.
@@ -56,6 +72,7 @@ impl Statistics {
     #[must_use]
     pub fn rows(&self) -> Vec<(&'static str, u64)> {
         let mut rows = self.cache.rows();
+        rows.extend(self.faults.rows());
         rows.extend([
             ("pages_dirty", self.pages_dirty),
             ("pages_max", self.pages_max),
@@ -72,6 +89,7 @@ pub struct VolumeBuilder {
     config: CacheConfig,
     io_uring: bool,
     file_size_limit: bool,
+    privileges: RangeInclusive<Privilege>,
     layer: Option<ObjectLayer>,
 }
 
@@ -143,6 +161,13 @@ impl VolumeBuilder {
         self
     }
 
+    /// Restricts how a userfaultfd for mappings may be had; any way unless set.
+    #[must_use]
+    pub fn mapping_privileges(mut self, privileges: RangeInclusive<Privilege>) -> Self {
+        self.privileges = privileges;
+        self
+    }
+
     /// Wraps every file's object: for stores that fail, delay or forget on purpose.
     #[must_use]
     pub fn object_layer(mut self, layer: ObjectLayer) -> Self {
@@ -185,15 +210,19 @@ impl VolumeBuilder {
         let flusher = cache.start_flusher().map_err(|error| {
             Error::invalid("start write-back for", Errno::from(&error)).at_path(path)
         })?;
-        let engine = Engine::new(cache, self.file_size_limit);
+        let engine = Engine::new(cache, self.file_size_limit, self.privileges);
+        let faults = engine.faults();
         let tree = Tree::new(namespace, Arc::clone(&engine), rings, self.layer);
         let shared = Arc::new(Shared {
             tree,
             engine,
+            faults,
             flusher: Mutex::new(Some(flusher)),
         });
         // The end of the process writes back what is dirty, also when it ends without dropping the volume.
         let weak: Weak<Shared> = Arc::downgrade(&shared);
+        let whole: Weak<dyn Any + Send + Sync> = weak.clone();
+        shared.engine.set_volume(whole);
         exit::at_exit(Box::new(move || {
             if let Some(shared) = weak.upgrade() {
                 let _ = shared.engine.cache.write_back_all();
@@ -211,6 +240,7 @@ impl Volume {
             config: CacheConfig::default(),
             io_uring: true,
             file_size_limit: true,
+            privileges: Privilege::ANY,
             layer: None,
         }
     }
@@ -233,10 +263,23 @@ impl Volume {
         let cache = &self.0.engine.cache;
         Statistics {
             cache: cache.statistics(),
+            faults: self.0.faults.statistics(),
             pages_dirty: cache.dirty_pages() as u64,
             pages_max: cache.pages_max() as u64,
             nodes: self.0.tree.len() as u64,
             fault_in_calls: faultin::calls(),
+        }
+    }
+
+    /// Tells what this system lets the volume do.
+    #[must_use]
+    pub fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            mappings: self
+                .0
+                .faults
+                .privilege()
+                .map_err(|error| Error::invalid("map files of", error.errno()).caused_by(error)),
         }
     }
 
@@ -269,7 +312,9 @@ impl Volume {
     /// What open(2) says; `ELOOP` after 40 symbolic links; `EXDEV` for a path or link that leaves the volume.
     pub fn open(&self, path: impl AsRef<Path>, options: &OpenOptions) -> Result<File> {
         let path = path.as_ref();
-        self.open_at(path, options)
+        let opened = self.open_at(path, options);
+        opened
+            .inspect(|file| file.set_path(path))
             .map_err(|error| error.at_path(path))
     }
 
@@ -474,6 +519,10 @@ fn normal(path: &Path) -> Result<PathBuf> {
 
 impl Drop for Shared {
     fn drop(&mut self) {
+        if !self.engine.process.is_current() {
+            // Its threads and what it was about to store are the parent's.
+            return;
+        }
         let cache = &self.engine.cache;
         // An error stays in the files' errseq; whoever wants to hear of it calls `close` or `sync_all`.
         let _ = cache.write_back_all();

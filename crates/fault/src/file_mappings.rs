@@ -1,0 +1,77 @@
+//! All mappings of one file: what the cache tells when pages must lose their access.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use pinfold_cache::ReverseMap;
+use smallvec::SmallVec;
+
+use crate::mapping::UserMapping;
+
+/// The mappings of one file.
+///
+/// A mapping is entered before its first page is installed and leaves after its last address is unmapped, so whoever
+/// protects pages under their folio locks misses none.
+#[derive(Default)]
+pub struct FileMappings {
+    list: RwLock<SmallVec<[Arc<UserMapping>; 2]>>,
+}
+
+impl fmt::Debug for FileMappings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FileMappings")
+            .field("count", &self.count())
+            .finish()
+    }
+}
+
+impl FileMappings {
+    /// Returns how many mappings the file has.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.list
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .len()
+    }
+
+    pub(crate) fn enter(&self, mapping: Arc<UserMapping>) {
+        self.list
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(mapping);
+    }
+
+    pub(crate) fn leave(&self, mapping: &UserMapping) {
+        let gone = {
+            let mut list = self.list.write().unwrap_or_else(PoisonError::into_inner);
+            let at = list
+                .iter()
+                .position(|other| std::ptr::eq(Arc::as_ptr(other), mapping));
+            at.map(|at| list.swap_remove(at))
+        };
+        // Not under the lock: dropping it unmaps.
+        drop(gone);
+    }
+
+    /// Tells mappings that the file has grown: what was refused beyond its old end may be touched now.
+    pub fn grown(&self) {
+        self.visit(|mapping| mapping.forgive());
+    }
+
+    fn visit(&self, visit: impl FnMut(&UserMapping)) {
+        let list = self.list.read().unwrap_or_else(PoisonError::into_inner);
+        list.iter().map(Arc::as_ref).for_each(visit);
+    }
+}
+
+impl ReverseMap for FileMappings {
+    fn unmap(&self, pages: Range<u64>) {
+        self.visit(|mapping| mapping.unmap_pages(&pages));
+    }
+
+    fn protect(&self, pages: Range<u64>) {
+        self.visit(|mapping| mapping.protect(&pages));
+    }
+}

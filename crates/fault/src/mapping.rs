@@ -1,0 +1,559 @@
+//! One mapping of a file into the program's memory.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use pinfold_base::rank::rule_zero;
+use pinfold_base::{Errno, PAGE_SIZE};
+use pinfold_cache::{CacheError, FilePages, MapOutcome, MapTarget, ReadAhead, Want};
+use pinfold_mem::{
+    Access, Delivery, InstallStop, Installed, Lent, MappedMemory, RawSpan, SignalVerdict, UserMap,
+    UserMapKind, futex,
+};
+use smallvec::{SmallVec, smallvec};
+
+use crate::channel::Channel;
+use crate::faults::Shared;
+use crate::refusal::{Refusal, Refusals};
+use crate::slots::{Answer, Request, Waiter};
+use crate::{Fault, FaultTarget};
+
+const PAGE: usize = PAGE_SIZE as usize;
+/// Pages installed around a fault at most, as in Linux: an aligned block of so many.
+const AROUND_PAGES: u64 = 16;
+/// The same where the program says that it walks through.
+const AROUND_PAGES_SEQUENTIAL: u64 = 64;
+
+/// What the program is about to do with mapped bytes, as in madvise(2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u8)]
+pub enum Advice {
+    /// Nothing in particular: neighbours of a page are mapped with it, and sequences are read ahead.
+    #[default]
+    Normal = 0,
+    /// Touch pages here and there: nothing is brought in beside them.
+    Random = 1,
+    /// Walk through: more is mapped at once.
+    Sequential = 2,
+    /// Need the bytes soon: reading them starts now.
+    WillNeed = 3,
+    /// Not need the bytes soon: they leave this mapping; in a private one, with what was stored to it.
+    DontNeed = 4,
+}
+
+/// One address range that shows pages of a file.
+///
+/// The range never changes; parts of it are given up by [`UserMapping::give_up`], and every page-table operation first
+/// makes sure that its addresses are still ours.
+pub struct UserMapping {
+    map: UserMap,
+    channel: Arc<Channel>,
+    target: Arc<dyn FaultTarget>,
+    shared: Arc<Shared>,
+    /// Pages not given up. Held for reading while pages are installed, for writing while some are given up.
+    live: RwLock<SmallVec<[Range<u64>; 1]>>,
+    ahead: ReadAhead,
+    advice: AtomicU8,
+    refusals: Refusals,
+    /// Pool threads that serve a fault in it.
+    serving: AtomicU32,
+}
+
+impl fmt::Debug for UserMapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("UserMapping")
+            .field("map", &self.map)
+            .field("delivery", &self.channel.delivery())
+            .finish_non_exhaustive()
+    }
+}
+
+impl UserMapping {
+    pub(crate) fn new(
+        map: UserMap,
+        channel: Arc<Channel>,
+        target: Arc<dyn FaultTarget>,
+        shared: Arc<Shared>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            live: RwLock::new(smallvec![map.pages()]),
+            map,
+            channel,
+            target,
+            shared,
+            ahead: ReadAhead::default(),
+            advice: AtomicU8::new(Advice::Normal as u8),
+            refusals: Refusals::default(),
+            serving: AtomicU32::new(0),
+        })
+    }
+
+    /// Returns the address range.
+    #[must_use]
+    pub fn map(&self) -> &UserMap {
+        &self.map
+    }
+
+    /// Returns how faults in it are delivered, and by what right.
+    #[must_use]
+    pub fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
+    /// Returns the pages it shows.
+    #[must_use]
+    pub fn pages(&self) -> &Arc<FilePages> {
+        self.target.pages()
+    }
+
+    /// Returns the reading pattern of its faults.
+    #[must_use]
+    pub fn ahead(&self) -> &ReadAhead {
+        &self.ahead
+    }
+
+    /// Sets what is installed around a fault and read ahead of it. Takes the lasting kinds; the others change nothing.
+    pub fn set_pattern(&self, advice: Advice) {
+        if matches!(advice, Advice::Normal | Advice::Random | Advice::Sequential) {
+            self.advice.store(advice as u8, Ordering::Relaxed);
+        }
+    }
+
+    /// Drops page-table entries; in a private mapping, the program's copies with them.
+    ///
+    /// # Errors
+    /// `ENOMEM` where a part was given up.
+    pub fn drop_entries(&self, pages: Range<u64>) -> Result<(), Errno> {
+        self.map.drop_entries(pages)
+    }
+
+    /// Tells whether all of `pages` are still mapped.
+    #[must_use]
+    pub fn holds(&self, pages: &Range<u64>) -> bool {
+        let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
+        clip(&live, pages).is_some_and(|part| part.end == pages.end)
+    }
+
+    pub(crate) fn contains(&self, addr: usize) -> bool {
+        self.map
+            .page_at(addr)
+            .is_some_and(|page| self.holds(&(page..page + 1)))
+    }
+
+    /// Gives up pages and unmaps them. Nothing is installed there any more when this returns.
+    ///
+    /// # Errors
+    /// `ENOMEM`: a range becomes two and the process has as many mappings as it may. Nothing has changed then.
+    pub(crate) fn give_up(&self, pages: &Range<u64>) -> Result<(), Errno> {
+        let mut live = self.live.write().unwrap_or_else(PoisonError::into_inner);
+        self.map.unmap(pages.clone())?;
+        *live = live
+            .iter()
+            .flat_map(|range| {
+                [
+                    range.start..range.end.min(pages.start),
+                    range.start.max(pages.end)..range.end,
+                ]
+            })
+            .filter(|range| !range.is_empty())
+            .collect();
+        Ok(())
+    }
+
+    /// Notes a pool thread at work here; must be undone by [`UserMapping::end_serving`].
+    pub(crate) fn begin_serving(&self) {
+        self.serving.fetch_add(1, Ordering::SeqCst);
+    }
+
+    pub(crate) fn end_serving(&self) {
+        if self.serving.fetch_sub(1, Ordering::SeqCst) == 1 {
+            futex::wake(&self.serving, u32::MAX);
+        }
+    }
+
+    /// Waits until no pool thread serves a fault here; none can begin to any more.
+    pub(crate) fn wait_unserved(&self) {
+        loop {
+            match self.serving.load(Ordering::SeqCst) {
+                0 => return,
+                busy => futex::wait(&self.serving, busy, None),
+            }
+        }
+    }
+
+    fn is_private(&self) -> bool {
+        self.map.kind() == UserMapKind::Private
+    }
+
+    /// Describes the fault at `addr`; `None` outside of the mapping.
+    fn fault_at(&self, addr: usize, access: Access) -> Option<Fault<'_>> {
+        let page = self.map.page_at(addr)?;
+        Some(self.fault_on(page, access))
+    }
+
+    fn fault_on(&self, page: u64, access: Access) -> Fault<'_> {
+        let advice = self.advice.load(Ordering::Relaxed);
+        let block = match advice {
+            random if random == Advice::Random as u8 => 1,
+            sequential if sequential == Advice::Sequential as u8 => AROUND_PAGES_SEQUENTIAL,
+            _ => AROUND_PAGES,
+        };
+        let start = page - page % block;
+        let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
+        let inside = live.iter().find(|range| range.contains(&page));
+        let around = inside.map_or(page..page, |range| {
+            range.start.max(start)..range.end.min(start + block)
+        });
+        Fault {
+            page,
+            // Stores to a private mapping are the kernel's to copy: it wants the page to read.
+            access: if self.is_private() {
+                Access::Read
+            } else {
+                access
+            },
+            around,
+            ahead: (advice != Advice::Random as u8).then_some(&self.ahead),
+            to: self,
+        }
+    }
+
+    /// Serves a fault as far as that needs no waiting; may run in a signal handler.
+    pub(crate) fn try_serve(&self, addr: usize, access: Access) -> Option<MapOutcome> {
+        let fault = self.fault_at(addr, access)?;
+        let outcome = self.target.try_fault(&fault)?;
+        self.shared.counters.faults_minor.bump();
+        Some(outcome)
+    }
+
+    /// Serves a fault, whatever it takes. Nothing is held.
+    pub(crate) fn serve(&self, addr: usize, access: Access) -> Result<MapOutcome, CacheError> {
+        let Some(fault) = self.fault_at(addr, access) else {
+            return Ok(MapOutcome::Mapped);
+        };
+        self.serve_fault(&fault)
+    }
+
+    fn serve_fault(&self, fault: &Fault<'_>) -> Result<MapOutcome, CacheError> {
+        let counters = &self.shared.counters;
+        if self.pages().get(fault.page).is_some() {
+            counters.faults_minor.bump();
+        } else {
+            counters.faults_major.bump();
+        }
+        self.target.fault(fault)
+    }
+
+    /// Does what a fault on `page` does, in the calling thread, which gets the error instead of a signal. Nothing is held.
+    ///
+    /// # Errors
+    /// As [`FaultTarget::fault`].
+    pub fn bring_in(&self, page: u64, access: Access) -> Result<MapOutcome, CacheError> {
+        self.shared.counters.note(access);
+        self.serve_fault(&self.fault_on(page, access))
+    }
+
+    /// Makes sure that the thread which waits for `addr` in the kernel does so no longer: it faults again.
+    pub(crate) fn wake(&self, addr: usize) {
+        let _ = self.channel.uffd().wake(addr - addr % PAGE, PAGE);
+    }
+
+    /// Tells whether the page an address shows is cached: what failed then was not reading it.
+    pub(crate) fn shows_cached(&self, addr: usize) -> bool {
+        self.map
+            .page_at(addr)
+            .is_some_and(|page| self.pages().get(page).is_some())
+    }
+
+    /// Gives a thread that waits in the kernel its SIGBUS.
+    pub(crate) fn refuse(&self, addr: usize, thread: u32, refusal: Refusal) {
+        let Some(page) = self.map.page_at(addr) else {
+            return;
+        };
+        // Looked at under the lock that `forgive` takes after the file has grown.
+        let still = || refusal != Refusal::BeyondEnd || self.is_beyond(page);
+        let poison = |page: u64| self.poison(page);
+        let waiter = (thread, addr);
+        if self.refusals.refuse(page, waiter, refusal, still, poison) {
+            self.shared.note_refusals(1);
+        }
+        self.wake(addr);
+    }
+
+    /// Makes the next access to a page end in SIGBUS; false when it could not be.
+    fn poison(&self, page: u64) -> bool {
+        let uffd = self.channel.uffd();
+        // For writing: nothing is installed between these steps, or what is would lose its protection.
+        let live = self.live.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(addr) = self.map.addr_of(page) else {
+            return false;
+        };
+        if !uffd.can_poison() || !live.iter().any(|range| range.contains(&page)) {
+            return false;
+        }
+        // Poison goes where nothing is, not even the mark that a zapped page was protected.
+        let _ = self.map.drop_entries(page..page + 1);
+        let _ = uffd.unprotect(addr, PAGE);
+        uffd.poison(addr, PAGE).is_ok()
+    }
+
+    /// Takes back every refusal: pages that were refused are tried afresh.
+    pub(crate) fn forgive(&self) {
+        let undone = self.refusals.forgive(|page| {
+            let _ = self.map.drop_entries(page..page + 1);
+        });
+        self.shared.note_forgiven(undone);
+    }
+
+    /// Takes back the refusals that have stood long enough for their threads to notice.
+    pub(crate) fn forgive_old(&self) {
+        let undone = self.refusals.forgive_old(|page| {
+            let _ = self.map.drop_entries(page..page + 1);
+        });
+        self.shared.note_forgiven(undone);
+    }
+
+    /// Makes pages read-only; no store to them is under way when it returns. Private copies are not the file's.
+    pub(crate) fn protect(&self, pages: &Range<u64>) {
+        if self.map.kind() != UserMapKind::SharedWrite {
+            return;
+        }
+        self.each_live(pages, |addr, len| {
+            // It fails only for a range that is not registered, where nobody stores.
+            let _ = self.channel.uffd().protect(addr, len);
+        });
+    }
+
+    /// Takes pages out of the page tables; not a private mapping's, which would lose the program's copies.
+    pub(crate) fn unmap_pages(&self, pages: &Range<u64>) {
+        if self.is_private() {
+            return;
+        }
+        let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
+        for range in live.iter() {
+            let part = range.start.max(pages.start)..range.end.min(pages.end);
+            if !part.is_empty() {
+                let _ = self.map.drop_entries(part);
+            }
+        }
+    }
+
+    /// Shows the address and length of every part of `pages` that is still mapped; none is given up meanwhile.
+    fn each_live(&self, pages: &Range<u64>, mut show: impl FnMut(usize, usize)) {
+        let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
+        for range in live.iter() {
+            let part = range.start.max(pages.start)..range.end.min(pages.end);
+            if let Some(addr) = self.map.addr_of(part.start)
+                && !part.is_empty()
+            {
+                show(addr, bytes(&part));
+            }
+        }
+    }
+
+    /// Runs an installation on the part of `pages`, from the first on, that is still mapped.
+    fn install(
+        &self,
+        pages: Range<u64>,
+        install: impl FnOnce(usize, usize) -> Installed,
+    ) -> Installed {
+        let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
+        let place =
+            clip(&live, &pages).and_then(|part| Some((self.map.addr_of(part.start)?, part)));
+        let Some((addr, part)) = place else {
+            return Installed {
+                pages: 0,
+                stop: Some(InstallStop::Gone),
+            };
+        };
+        let mut installed = install(addr, bytes(&part));
+        if part.end < pages.end && installed.stop.is_none() {
+            installed.stop = Some(InstallStop::Gone);
+        }
+        let counters = &self.shared.counters;
+        counters.pages_installed.add(installed.pages as u64);
+        installed
+    }
+
+    /// Lends the page's bytes for a load; they may be stored to meanwhile, as mapped bytes may.
+    fn lend_read(
+        &self,
+        page: u64,
+        at: usize,
+        len: usize,
+        copy: &mut dyn FnMut(*mut u8, usize) -> usize,
+    ) -> Option<usize> {
+        let found = self.pages().get(page)?;
+        Some(copy(found.addr().wrapping_add(at), len))
+    }
+
+    /// Lends the page's bytes for a store. Only a page that is dirty, and stays so: nobody has to be told.
+    fn lend_write(
+        &self,
+        page: u64,
+        at: usize,
+        len: usize,
+        copy: &mut dyn FnMut(*mut u8, usize) -> usize,
+    ) -> Option<usize> {
+        let folio = self.pages().try_lock_dirty(page)?;
+        Some(copy(folio.addr().wrapping_add(at), len))
+    }
+
+    /// Tells whether a page lies beyond the end of the file, where nobody may touch it.
+    fn is_beyond(&self, page: u64) -> bool {
+        page >= self.pages().end().div_ceil(PAGE_SIZE)
+    }
+}
+
+impl MapTarget for UserMapping {
+    fn covers(&self) -> Range<u64> {
+        self.map.pages()
+    }
+
+    fn shared(&self) -> bool {
+        !self.is_private()
+    }
+
+    fn copy(&self, page: u64, from: RawSpan, protect: bool) -> Installed {
+        let pages = page..page + (from.len / PAGE) as u64;
+        self.install(pages, |addr, len| {
+            let from = RawSpan { len, ..from };
+            self.channel.uffd().copy(addr, from, protect)
+        })
+    }
+
+    fn resume(&self, pages: Range<u64>, protect: bool) -> Installed {
+        // A private page is shared until the kernel copies it at the first store, which we need not know of.
+        let protect = protect && !self.is_private();
+        self.install(pages, |addr, len| {
+            self.channel.uffd().resume(addr, len, protect)
+        })
+    }
+
+    fn unprotect(&self, pages: Range<u64>) {
+        self.each_live(&pages, |addr, len| {
+            let _ = self.channel.uffd().unprotect(addr, len);
+        });
+    }
+}
+
+impl MappedMemory for UserMapping {
+    fn signal_fault(&self, addr: usize, access: Access) -> SignalVerdict {
+        if self.channel.delivery() != Delivery::Inline {
+            // The pool has refused this one.
+            return SignalVerdict::NotOurs;
+        }
+        rule_zero("a fault in mapped memory");
+        let counters = &self.shared.counters;
+        counters.note(access);
+        let served = match self.try_serve(addr, access) {
+            Some(MapOutcome::Mapped) => true,
+            Some(MapOutcome::BeyondEnd) => false,
+            None => {
+                counters.faults_handed_over.bump();
+                let request = Request {
+                    addr,
+                    access,
+                    waiter: Waiter::Slot,
+                };
+                self.shared.slots.call(request) == Answer::Served
+            }
+        };
+        if served {
+            return SignalVerdict::Resolved;
+        }
+        counters.faults_refused.bump();
+        SignalVerdict::NotOurs
+    }
+
+    fn with_lent(
+        &self,
+        addr: usize,
+        len: usize,
+        access: Access,
+        copy: &mut dyn FnMut(*mut u8, usize) -> usize,
+    ) -> Lent {
+        if access == Access::Write && self.map.kind() == UserMapKind::SharedRead {
+            return Lent::Fatal;
+        }
+        let mut done = 0;
+        while done < len {
+            let at = (addr + done) % PAGE;
+            let want = (PAGE - at).min(len - done);
+            let Some(page) = self.map.page_at(addr + done) else {
+                break;
+            };
+            if self.is_beyond(page) {
+                return if done > 0 {
+                    Lent::Done(done)
+                } else {
+                    Lent::Fatal
+                };
+            }
+            let moved = match access {
+                _ if self.is_private() => None,
+                Access::Read => self.lend_read(page, at, want, copy),
+                Access::Write => self.lend_write(page, at, want, copy),
+            };
+            match moved {
+                None if done == 0 => return Lent::NeedFault,
+                None => break,
+                Some(moved) => {
+                    done += moved;
+                    if moved < want {
+                        break;
+                    }
+                }
+            }
+        }
+        Lent::Done(done)
+    }
+
+    fn fault_in(&self, addr: usize, len: usize, access: Access) -> usize {
+        rule_zero("fault-in of mapped memory");
+        if access == Access::Write && self.map.kind() == UserMapKind::SharedRead {
+            return len;
+        }
+        let mut done = 0;
+        while done < len {
+            let at = (addr + done) % PAGE;
+            let Some(page) = self.map.page_at(addr + done) else {
+                break;
+            };
+            if self.is_beyond(page) {
+                break;
+            }
+            let outcome = match access {
+                Access::Read => {
+                    let want = Want {
+                        pages: ((at + len - done).div_ceil(PAGE)) as u64,
+                        ahead: Some(&self.ahead),
+                        nowait: false,
+                    };
+                    self.pages().read(page, &want).is_ok()
+                }
+                Access::Write => {
+                    matches!(self.target.make_writable(page), Ok(MapOutcome::Mapped))
+                }
+            };
+            if !outcome {
+                break;
+            }
+            done += PAGE - at;
+        }
+        len - done.min(len)
+    }
+}
+
+/// Returns the part of `pages`, from the first on, that one of the ranges holds.
+fn clip(live: &[Range<u64>], pages: &Range<u64>) -> Option<Range<u64>> {
+    let range = live.iter().find(|range| range.contains(&pages.start))?;
+    Some(pages.start..pages.end.min(range.end))
+}
+
+fn bytes(pages: &Range<u64>) -> usize {
+    // Parts of an address range: they fit.
+    ((pages.end - pages.start) * PAGE_SIZE) as usize
+}

@@ -1,0 +1,415 @@
+//! Faults that need more than their own thread can do: handed to the pool, and waited for where the faulting thread does
+//! so itself.
+//!
+//! *Owns*: a fixed number of slots, who may touch which when, and the sleeping for one of them.
+//!
+//! *Does not own*: the threads that serve, the answer.
+//!
+//! *Locking*: none: a word a slot. The side of the faulting thread allocates nothing and takes nothing, for it runs in a
+//! signal handler.
+//!
+//! ```text
+//!        claim           post            take                 finish
+//!  FREE -------> CLAIMED ----> POSTED ---------> TAKEN -+-----------------> FREE               (an event)
+//!   ^                                                   +---> SERVED or REFUSED -+             (a thread that waits)
+//!   +--------------------------------- the thread has read the answer <---------+
+//! ```
+
+use std::time::Duration;
+
+use pinfold_base::sync::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use pinfold_mem::Access;
+
+/// Faults under way at once; a thread that faults beyond that waits for a slot.
+#[cfg(not(loom))]
+pub(crate) const SLOTS_MAX: usize = 256;
+#[cfg(loom)]
+pub(crate) const SLOTS_MAX: usize = 1;
+
+const FREE: u32 = 0;
+const CLAIMED: u32 = 1;
+const POSTED: u32 = 2;
+const TAKEN: u32 = 3;
+const SERVED: u32 = 4;
+const REFUSED: u32 = 5;
+
+/// Who is to be told of the answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Waiter {
+    /// A thread asleep in the kernel: installing the page wakes it.
+    Kernel {
+        /// As gettid(2) names it.
+        thread: u32,
+    },
+    /// A thread in its signal handler, which sleeps on the slot.
+    Slot,
+}
+
+/// A fault to serve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Request {
+    pub(crate) addr: usize,
+    pub(crate) access: Access,
+    pub(crate) waiter: Waiter,
+}
+
+/// How a fault ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// Repeat the instruction.
+    Served,
+    /// SIGBUS.
+    Refused,
+}
+
+#[derive(Debug)]
+struct Slot {
+    state: AtomicU32,
+    addr: AtomicUsize,
+    write: AtomicBool,
+    /// The thread of [`Waiter::Kernel`]; 0 for [`Waiter::Slot`].
+    thread: AtomicU32,
+}
+
+/// The faults handed over.
+#[derive(Debug)]
+pub(crate) struct Slots {
+    slots: [Slot; SLOTS_MAX],
+    /// Counts posts: what servers sleep on.
+    posted: AtomicU32,
+    /// Counts slots that became free while somebody wanted one: what those sleep on.
+    freed: AtomicU32,
+    wanting: AtomicU32,
+    /// Where the next look for a posted slot begins, so that none is passed over for ever.
+    cursor: AtomicUsize,
+    idle: AtomicUsize,
+    stopped: AtomicBool,
+}
+
+impl Slots {
+    pub(crate) fn new() -> Self {
+        Self {
+            slots: std::array::from_fn(|_| Slot {
+                state: AtomicU32::new(FREE),
+                addr: AtomicUsize::new(0),
+                write: AtomicBool::new(false),
+                thread: AtomicU32::new(0),
+            }),
+            posted: AtomicU32::new(0),
+            freed: AtomicU32::new(0),
+            wanting: AtomicU32::new(0),
+            cursor: AtomicUsize::new(0),
+            idle: AtomicUsize::new(0),
+            stopped: AtomicBool::new(false),
+        }
+    }
+
+    /// Hands over a fault that somebody waits for in the kernel; waits for a slot if all are in use. `false`: serving has
+    /// ended.
+    pub(crate) fn submit(&self, request: Request) -> bool {
+        self.post(request).is_some()
+    }
+
+    /// Hands over a fault of this thread and sleeps until it is answered.
+    pub(crate) fn call(&self, request: Request) -> Answer {
+        let Some(slot) = self.post(request) else {
+            return Answer::Refused;
+        };
+        let answer = loop {
+            match slot.state.load(Ordering::Acquire) {
+                SERVED => break Answer::Served,
+                REFUSED => break Answer::Refused,
+                state => park::wait(&slot.state, state),
+            }
+        };
+        self.free(slot);
+        answer
+    }
+
+    fn post(&self, request: Request) -> Option<&Slot> {
+        let slot = self.claim()?;
+        slot.addr.store(request.addr, Ordering::Relaxed);
+        slot.write
+            .store(request.access == Access::Write, Ordering::Relaxed);
+        let thread = match request.waiter {
+            Waiter::Kernel { thread } => thread,
+            Waiter::Slot => 0,
+        };
+        slot.thread.store(thread, Ordering::Relaxed);
+        // Release: the request; SeqCst: either `stop`, which looks at the slots after it has said so, finds this one, or
+        // the look below finds that it has.
+        slot.state.store(POSTED, Ordering::SeqCst);
+        if self.stopped.load(Ordering::SeqCst) {
+            self.refuse_posted();
+        }
+        self.posted.fetch_add(1, Ordering::SeqCst);
+        park::wake(&self.posted, 1);
+        Some(slot)
+    }
+
+    /// Takes a free slot; `None` once serving has ended.
+    fn claim(&self) -> Option<&Slot> {
+        if let Some(slot) = self.try_claim() {
+            return Some(slot);
+        }
+        self.wanting.fetch_add(1, Ordering::SeqCst);
+        let slot = loop {
+            if self.stopped.load(Ordering::SeqCst) {
+                break None;
+            }
+            let seen = self.freed.load(Ordering::SeqCst);
+            if let Some(slot) = self.try_claim() {
+                break Some(slot);
+            }
+            park::wait(&self.freed, seen);
+        };
+        self.wanting.fetch_sub(1, Ordering::SeqCst);
+        slot
+    }
+
+    fn try_claim(&self) -> Option<&Slot> {
+        let claim = |slot: &&Slot| {
+            slot.state.load(Ordering::Relaxed) == FREE
+                && slot
+                    .state
+                    .compare_exchange(FREE, CLAIMED, Ordering::SeqCst, Ordering::Relaxed)
+                    .is_ok()
+        };
+        self.slots.iter().find(claim)
+    }
+
+    fn free(&self, slot: &Slot) {
+        slot.state.store(FREE, Ordering::SeqCst);
+        if self.wanting.load(Ordering::SeqCst) > 0 {
+            self.freed.fetch_add(1, Ordering::SeqCst);
+            park::wake(&self.freed, 1);
+        }
+    }
+
+    /// Waits for a fault to serve, for at most `patience`; `None`: serving has ended, or time is up.
+    pub(crate) fn take(&self, patience: Option<Duration>) -> Option<Taken<'_>> {
+        let seen = self.posted.load(Ordering::SeqCst);
+        if let Some(taken) = self.try_take() {
+            return Some(taken);
+        }
+        if self.is_stopped() {
+            return None;
+        }
+        self.idle.fetch_add(1, Ordering::SeqCst);
+        park::wait_for(&self.posted, seen, patience);
+        self.idle.fetch_sub(1, Ordering::SeqCst);
+        self.try_take()
+    }
+
+    fn try_take(&self) -> Option<Taken<'_>> {
+        let start = self.cursor.load(Ordering::Relaxed);
+        for step in 0..SLOTS_MAX {
+            let at = (start + step) % SLOTS_MAX;
+            let slot = &self.slots[at];
+            if slot.state.load(Ordering::SeqCst) == POSTED
+                && slot
+                    .state
+                    .compare_exchange(POSTED, TAKEN, Ordering::SeqCst, Ordering::Relaxed)
+                    .is_ok()
+            {
+                self.cursor.store(at + 1, Ordering::Relaxed);
+                return Some(Taken { slots: self, slot });
+            }
+        }
+        None
+    }
+
+    /// Tells whether a fault waits and nobody is idle who would take it.
+    pub(crate) fn is_behind(&self) -> bool {
+        let waits = |slot: &Slot| slot.state.load(Ordering::Relaxed) == POSTED;
+        self.idle.load(Ordering::SeqCst) == 0 && self.slots.iter().any(waits)
+    }
+
+    /// Ends serving: whoever waits or comes later is refused, servers go home.
+    pub(crate) fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        self.refuse_posted();
+        self.posted.fetch_add(1, Ordering::SeqCst);
+        park::wake(&self.posted, u32::MAX);
+        self.freed.fetch_add(1, Ordering::SeqCst);
+        park::wake(&self.freed, u32::MAX);
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::SeqCst)
+    }
+
+    fn refuse_posted(&self) {
+        while let Some(taken) = self.try_take() {
+            drop(taken);
+        }
+    }
+}
+
+/// A fault this thread serves. Dropped unanswered it is refused, so that a server that dies leaves nobody waiting.
+#[derive(Debug)]
+#[must_use = "dropping it refuses the fault"]
+pub(crate) struct Taken<'a> {
+    slots: &'a Slots,
+    slot: &'a Slot,
+}
+
+impl Taken<'_> {
+    pub(crate) fn request(&self) -> Request {
+        Request {
+            addr: self.slot.addr.load(Ordering::Relaxed),
+            access: if self.slot.write.load(Ordering::Relaxed) {
+                Access::Write
+            } else {
+                Access::Read
+            },
+            waiter: match self.slot.thread.load(Ordering::Relaxed) {
+                0 => Waiter::Slot,
+                thread => Waiter::Kernel { thread },
+            },
+        }
+    }
+
+    /// Answers. Who waits in the kernel has been told by other means.
+    pub(crate) fn finish(self, answer: Answer) {
+        self.answer(answer);
+        std::mem::forget(self);
+    }
+
+    fn answer(&self, answer: Answer) {
+        if self.request().waiter != Waiter::Slot {
+            self.slots.free(self.slot);
+            return;
+        }
+        let state = match answer {
+            Answer::Served => SERVED,
+            Answer::Refused => REFUSED,
+        };
+        self.slot.state.store(state, Ordering::Release);
+        park::wake(&self.slot.state, 1);
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        self.answer(Answer::Refused);
+    }
+}
+
+#[cfg(not(loom))]
+mod park {
+    use std::sync::atomic::AtomicU32;
+    use std::time::Duration;
+
+    use pinfold_mem::futex;
+
+    pub(super) fn wait(word: &AtomicU32, seen: u32) {
+        futex::wait(word, seen, None);
+    }
+
+    pub(super) fn wait_for(word: &AtomicU32, seen: u32, limit: Option<Duration>) {
+        futex::wait(word, seen, limit);
+    }
+
+    pub(super) fn wake(word: &AtomicU32, count: u32) {
+        futex::wake(word, count);
+    }
+}
+
+/// loom knows no futex: a sleeper looks again whenever others have run.
+#[cfg(loom)]
+mod park {
+    use std::time::Duration;
+
+    use loom::sync::atomic::AtomicU32;
+
+    pub(super) fn wait(_: &AtomicU32, _: u32) {
+        loom::thread::yield_now();
+    }
+
+    pub(super) fn wait_for(word: &AtomicU32, seen: u32, _: Option<Duration>) {
+        wait(word, seen);
+    }
+
+    pub(super) fn wake(_: &AtomicU32, _: u32) {}
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU64;
+    use std::thread;
+
+    use super::*;
+
+    fn request(addr: usize) -> Request {
+        Request {
+            addr,
+            access: Access::Read,
+            waiter: Waiter::Slot,
+        }
+    }
+
+    /// Answers by the address: odd ones are refused.
+    fn serve(slots: &Slots) {
+        while !slots.is_stopped() {
+            let Some(taken) = slots.take(Some(Duration::from_millis(50))) else {
+                continue;
+            };
+            if taken.request().addr % 2 == 0 {
+                taken.finish(Answer::Served);
+            }
+        }
+    }
+
+    #[test]
+    fn every_caller_gets_the_answer_to_its_own_fault_though_slots_are_short() {
+        let slots = Arc::new(Slots::new());
+        let servers: Vec<_> = (0..2)
+            .map(|_| {
+                let slots = Arc::clone(&slots);
+                thread::spawn(move || serve(&slots))
+            })
+            .collect();
+        let right = AtomicU64::new(0);
+        thread::scope(|scope| {
+            for caller in 0..SLOTS_MAX + 44 {
+                let (slots, right) = (&slots, &right);
+                scope.spawn(move || {
+                    for round in 0..20 {
+                        let addr = caller * 1000 + round;
+                        let expected = if addr % 2 == 0 {
+                            Answer::Served
+                        } else {
+                            Answer::Refused
+                        };
+                        assert_eq!(slots.call(request(addr)), expected);
+                        right.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        assert_eq!(right.into_inner(), 20 * (SLOTS_MAX as u64 + 44));
+        slots.stop();
+        servers
+            .into_iter()
+            .for_each(|server| server.join().unwrap());
+    }
+
+    #[test]
+    fn whoever_waits_when_serving_ends_is_refused() {
+        let slots = Arc::new(Slots::new());
+        let callers: Vec<_> = (0..SLOTS_MAX + 10)
+            .map(|at| {
+                let slots = Arc::clone(&slots);
+                thread::spawn(move || slots.call(request(at * 2)))
+            })
+            .collect();
+        thread::sleep(Duration::from_millis(50));
+        slots.stop();
+        for caller in callers {
+            assert_eq!(caller.join().unwrap(), Answer::Refused);
+        }
+        assert_eq!(slots.call(request(0)), Answer::Refused);
+    }
+}

@@ -1,0 +1,13 @@
+//! Promises of mappings through the public door, in both deliveries.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(
+    unsafe_code,
+    reason = "loads and stores of mapped memory, as a program makes them"
+)]
+
+mod mapping {
+    mod basics;
+    mod buffers;
+    pub mod rig;
+}

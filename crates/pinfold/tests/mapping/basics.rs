@@ -1,0 +1,217 @@
+//! Loads, stores, their way to the file and back.
+
+use pinfold::{Advice, Errno, MapAccess, MapOptions, OpenOptions};
+
+use super::rig::{PAGE, Rig, everywhere, load, pattern, store};
+
+const LEN: usize = 200 * PAGE + 100;
+
+#[test]
+fn loads_see_the_files_bytes() {
+    everywhere(|rig| {
+        let file = rig.file("a", LEN, 1);
+        let map = rig.map(&file, MapAccess::Read);
+        let expected = pattern(LEN, 1);
+        for at in (0..LEN).step_by(511).chain([LEN - 1]) {
+            assert_eq!(load(&map, at), expected[at], "byte {at}");
+        }
+        let faults = rig.volume.statistics().faults;
+        assert!(
+            faults.faults > 0 && faults.faults_refused == 0,
+            "{faults:?}"
+        );
+        // After the end, up to the page's, are zeros.
+        let mut back = vec![1; LEN + 1000];
+        assert_eq!(map.read(0, &mut back).unwrap(), LEN);
+        assert!(back[..LEN] == expected);
+    });
+}
+
+#[test]
+fn stores_reach_the_file_and_the_store() {
+    everywhere(|rig| {
+        let file = rig.file("a", LEN, 1);
+        let map = rig.map(&file, MapAccess::Write);
+        let mut expected = pattern(LEN, 1);
+        for at in (7..LEN).step_by(2000) {
+            assert_eq!(load(&map, at), expected[at]);
+            store(&map, at, !expected[at]);
+            expected[at] = !expected[at];
+        }
+        let mut back = vec![0; LEN];
+        assert_eq!(file.read_at(&mut back, 0).unwrap(), LEN);
+        assert!(back == expected, "a read sees what was stored");
+        map.flush(0..map.len()).unwrap();
+        let stored = std::fs::read(rig.dir.path().join("a")).unwrap();
+        assert!(stored == expected, "and so does the directory");
+        store(&map, 7, 0xaa);
+        drop(map);
+        drop(file);
+        let stored = std::fs::read(rig.dir.path().join("a")).unwrap();
+        assert_eq!(stored[7], 0xaa, "the last to go writes back");
+    });
+}
+
+#[test]
+fn writes_are_seen_by_loads() {
+    everywhere(|rig| {
+        let file = rig.file("a", 40 * PAGE, 1);
+        let map = rig.map(&file, MapAccess::Read);
+        for page in 0..40 {
+            load(&map, page * PAGE);
+        }
+        for page in 0..40u8 {
+            let at = usize::from(page) * PAGE + 5;
+            file.write_at(&[page], at as u64).unwrap();
+            assert_eq!(load(&map, at), page);
+        }
+    });
+}
+
+#[test]
+fn a_mapping_outlives_its_file_and_its_volume() {
+    everywhere(|rig| {
+        let rig = Rig::new(1 << 20, rig.delivery);
+        let file = rig.file("a", 30 * PAGE, 3);
+        let map = rig.map(&file, MapAccess::Write);
+        let Rig { volume, dir, .. } = rig;
+        drop(file);
+        volume.close().unwrap();
+        let expected = pattern(30 * PAGE, 3);
+        for page in 0..30 {
+            assert_eq!(load(&map, page * PAGE), expected[page * PAGE]);
+        }
+        store(&map, PAGE, 0x5a);
+        drop(map);
+        let stored = std::fs::read(dir.path().join("a")).unwrap();
+        assert_eq!(stored[PAGE], 0x5a);
+    });
+}
+
+#[test]
+fn copies_through_the_mapping_give_counts_and_errors() {
+    everywhere(|rig| {
+        let file = rig.file("a", LEN, 1);
+        let map = rig.map(&file, MapAccess::Write);
+        assert_eq!(map.write(LEN - 3, b"abcdef").unwrap(), 3);
+        let mut back = [0; 10];
+        assert_eq!(map.read(LEN - 3, &mut back).unwrap(), 3);
+        assert_eq!(&back[..3], b"abc");
+        assert_eq!(file.len(), LEN as u64, "a store makes no file longer");
+        let error = map.read(map.len() + 1, &mut back).unwrap_err();
+        assert_eq!(error.errno(), Errno::EINVAL);
+        let readable = rig.map(&file, MapAccess::Read);
+        assert_eq!(readable.write(0, b"x").unwrap_err().errno(), Errno::EACCES);
+    });
+}
+
+#[test]
+fn pinned_pages_are_good_for_any_system_call() {
+    everywhere(|rig| {
+        let file = rig.file("a", 10 * PAGE, 1);
+        let map = rig.map(&file, MapAccess::Write);
+        let pinned = map.pin(PAGE..4 * PAGE, true).unwrap();
+        assert_eq!(pinned.pages(), 3);
+        let mut pipe = std::io::pipe().unwrap();
+        std::io::Write::write_all(&mut pipe.1, &[9; PAGE]).unwrap();
+        let target = super::rig::bytes_mut(&map, PAGE, PAGE);
+        std::io::Read::read_exact(&mut pipe.0, target).unwrap();
+        drop(pinned);
+        let mut back = [0; PAGE];
+        file.read_at(&mut back, PAGE as u64).unwrap();
+        assert!(back == [9; PAGE]);
+        let error = map.pin(0..map.len(), false);
+        let limit = rig.volume.statistics().pages_max / 4;
+        assert_eq!(error.is_ok(), limit >= 10);
+        let statistics = rig.volume.statistics().cache;
+        drop(error);
+        assert!(statistics.foll_pin_acquired > 0);
+        let at_rest = rig.volume.statistics().cache;
+        assert_eq!(at_rest.foll_pin_acquired, at_rest.foll_pin_released);
+    });
+}
+
+#[test]
+fn a_part_can_be_unmapped_and_the_rest_goes_on() {
+    everywhere(|rig| {
+        let file = rig.file("a", 40 * PAGE, 1);
+        let mut map = rig.map(&file, MapAccess::Write);
+        store(&map, 15 * PAGE, 0x77);
+        map.unmap(10 * PAGE..20 * PAGE).unwrap();
+        let expected = pattern(40 * PAGE, 1);
+        assert_eq!(load(&map, 9 * PAGE), expected[9 * PAGE]);
+        assert_eq!(load(&map, 20 * PAGE), expected[20 * PAGE]);
+        store(&map, 39 * PAGE, 0x11);
+        let error = map.read(10 * PAGE, &mut [0; 5]).unwrap_err();
+        assert_eq!(error.errno(), Errno::ENOMEM);
+        let mut back = [0];
+        file.read_at(&mut back, 15 * PAGE as u64).unwrap();
+        assert_eq!(back[0], 0x77, "what was stored there stays");
+        // The gap may be anybody's: a mapping there is served as any other.
+        let other = rig.file("b", 8 * PAGE, 9);
+        let others: Vec<_> = (0..8).map(|_| rig.map(&other, MapAccess::Read)).collect();
+        for other in &others {
+            assert_eq!(load(other, 5 * PAGE), pattern(8 * PAGE, 9)[5 * PAGE]);
+        }
+        assert_eq!(load(&map, 30 * PAGE), expected[30 * PAGE]);
+    });
+}
+
+#[test]
+fn advice_changes_what_is_resident_and_no_bytes() {
+    everywhere(|rig| {
+        let file = rig.file("a", 20 * PAGE, 1);
+        let map = rig.map(&file, MapAccess::Write);
+        let expected = pattern(20 * PAGE, 1);
+        map.advise(Advice::Random, 0..map.len()).unwrap();
+        assert_eq!(load(&map, 3 * PAGE), expected[3 * PAGE]);
+        let resident = map.resident(0..map.len()).unwrap();
+        assert_eq!(resident.iter().filter(|&&there| there).count(), 1);
+        map.advise(Advice::WillNeed, 0..map.len()).unwrap();
+        store(&map, 4 * PAGE, 1);
+        map.advise(Advice::DontNeed, 0..map.len()).unwrap();
+        assert_eq!(
+            load(&map, 4 * PAGE),
+            1,
+            "a shared store is not the mapping's to drop"
+        );
+        map.advise(Advice::Sequential, 0..map.len()).unwrap();
+        for page in 5..20 {
+            assert_eq!(load(&map, page * PAGE), expected[page * PAGE]);
+        }
+    });
+}
+
+#[test]
+fn what_cannot_be_mapped_is_refused_by_name() {
+    everywhere(|rig| {
+        let file = rig.file("some-name", LEN, 1);
+        let options = MapOptions::new();
+        let refused = |range| file.map(range, &options).unwrap_err();
+        assert_eq!(refused(5..5).errno(), Errno::EINVAL);
+        assert_eq!(refused(100..PAGE as u64).errno(), Errno::EINVAL);
+        assert_eq!(refused(0..u64::MAX).errno(), Errno::EOVERFLOW);
+        assert_eq!(refused(0..1 << 60).errno(), Errno::ENOMEM);
+        let message = refused(100..4096).to_string();
+        assert!(
+            message.contains("some-name") && message.contains("bytes 100 to 4096"),
+            "{message}"
+        );
+        let open = |read, write| {
+            let options = OpenOptions::new().read(read).write(write);
+            rig.volume.open("some-name", &options).unwrap()
+        };
+        let map = |file: &pinfold::File, access| file.map(0..10, &options.access(access)).map(drop);
+        let only_read = open(true, false);
+        map(&only_read, MapAccess::Read).unwrap();
+        map(&only_read, MapAccess::Private).unwrap();
+        assert_eq!(
+            map(&only_read, MapAccess::Write).unwrap_err().errno(),
+            Errno::EACCES
+        );
+        let only_write = open(false, true);
+        for access in [MapAccess::Read, MapAccess::Write, MapAccess::Private] {
+            assert_eq!(map(&only_write, access).unwrap_err().errno(), Errno::EACCES);
+        }
+    });
+}
