@@ -181,7 +181,7 @@ pub(crate) fn copy_waiting(cursor: &mut IovCursor<'_>, slice: &mut [u8]) -> usiz
     let want = slice.len().min(cursor.count());
     let (mut done, mut tries) = (0, 0);
     while done < want {
-        let copied = cursor.copy_slice_nofault(&mut slice[done..want]);
+        let copied = cursor.copy_slice_waiting(&mut slice[done..want]);
         // At most the slice's length.
         done += copied.done as usize;
         let Some(stop) = copied.stop else {

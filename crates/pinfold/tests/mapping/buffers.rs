@@ -169,3 +169,30 @@ fn t30_t32_direct_transfers_take_mapped_memory() {
         assert!(all_of(&file)[8 * PAGE..12 * PAGE] == new[..4 * PAGE]);
     });
 }
+
+#[test]
+fn a_private_mapping_is_a_buffer_with_its_own_bytes() {
+    everywhere(|rig| {
+        let file = rig.file("a", 4 * PAGE, 1);
+        let map = rig.map(&file, MapAccess::Private);
+        // The first page is the program's own by now, the second the file's still.
+        super::rig::store(&map, 5, b'!');
+        let mut own = pattern(4 * PAGE, 1);
+        own[5] = b'!';
+        let copy = rig.open("copy");
+        assert_eq!(
+            copy.write_at(bytes(&map, 0, 2 * PAGE), 0).unwrap(),
+            2 * PAGE
+        );
+        assert!(all_of(&copy) == own[..2 * PAGE]);
+        let other = rig.file("b", 4 * PAGE, 2);
+        let target = bytes_mut(&map, PAGE - 10, PAGE + 20);
+        assert_eq!(other.read_at(target, 7).unwrap(), PAGE + 20);
+        own[PAGE - 10..2 * PAGE + 10].copy_from_slice(&pattern(4 * PAGE, 2)[7..PAGE + 27]);
+        assert!(bytes(&map, 0, 4 * PAGE) == own);
+        assert!(
+            all_of(&file) == pattern(4 * PAGE, 1),
+            "stores stay with the mapping"
+        );
+    });
+}
