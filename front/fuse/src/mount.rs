@@ -292,8 +292,14 @@ impl Mounted {
         }
         match self.serving.take().map(JoinHandle::join) {
             None | Some(Ok(Ok(()))) => Ok(Unmounted::Cleanly),
-            Some(Ok(Err(error))) => Err(error),
-            Some(Err(_)) => Err(io::Error::other("a thread that served requests panicked")),
+            failed => {
+                // Serving ended although nobody unmounted it: what is left answers nobody.
+                let _ = self.detach(Duration::ZERO);
+                Err(match failed {
+                    Some(Ok(Err(error))) => error,
+                    _ => io::Error::other("a thread that served requests panicked"),
+                })
+            }
         }
     }
 

@@ -197,3 +197,30 @@ fn a_mount_below_the_directory_works() {
     fs::remove_file(through.join("f")).unwrap();
     rustix::mount::unmount(&inner, rustix::mount::UnmountFlags::DETACH).unwrap();
 }
+
+#[test]
+fn nothing_stays_mounted_when_serving_has_failed() {
+    let base = tempfile::tempdir().unwrap();
+    let (data, mnt) = (base.path().join("data"), base.path().join("mnt"));
+    fs::create_dir(&data).unwrap();
+    fs::create_dir(&mnt).unwrap();
+    fs::write(data.join("a"), "a").unwrap();
+    let layer = |_| -> std::sync::Arc<dyn pinfold::Object> { panic!("as a bug would") };
+    let builder = pinfold::Volume::builder().object_layer(std::sync::Arc::new(layer));
+    let volume = builder.open_dir(&data).unwrap();
+    let options = pinfold_fuse::MountOptions {
+        threads: std::num::NonZeroUsize::new(1),
+        allow_other: None,
+    };
+    let mounted = match pinfold_fuse::mount(volume.root(), &mnt, &options, || {}) {
+        Ok(mounted) => mounted,
+        Err(error) => return println!("skipped: {error}"),
+    };
+    let _watchdog = crate::support::watch(mnt.clone());
+    fs::read(mnt.join("a")).unwrap_err();
+    while mounted.is_serving() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    mounted.unmount(Duration::from_secs(1)).unwrap_err();
+    assert!(!pinfold_fuse::is_mount_point(&mnt).unwrap());
+}

@@ -67,7 +67,7 @@ pub fn mounted_with(configure: impl FnOnce(VolumeBuilder) -> VolumeBuilder) -> O
 }
 
 /// Ends the process, and with it everything that waits for the mount, when the test takes too long.
-fn watch(mnt: PathBuf) -> Sender<()> {
+pub fn watch(mnt: PathBuf) -> Sender<()> {
     let (alive, ended) = channel::<()>();
     std::thread::spawn(move || {
         if ended.recv_timeout(LIMIT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
