@@ -532,7 +532,8 @@ impl FilePages {
         let start = pages.start.max(covers.start);
         let end = pages.end.min(covers.end).min(self.pages_end());
         let end = end.min(start.saturating_add(AROUND_MAX as u64));
-        if service.signal {
+        // What is stored to is seldom read beside; and a neighbour that is mapped for reading only would fault once more.
+        if service.signal || service.access == Access::Write {
             return;
         }
         let mut page = start;
@@ -611,22 +612,13 @@ fn note_mapped(folio: &Folio<'_>, stores: bool) {
     );
 }
 
-/// Maps neighbouring pages of the window; those that are mapped already are passed over.
+/// Maps neighbouring pages of the window.
 fn install_run(run: &[Folio<'_>], pages: Range<u64>, service: Service<'_>) {
     if service.target.shared() {
         for folio in run {
             note_mapped(folio, false);
         }
     }
-    let mut at = pages.start;
-    while at < pages.end {
-        let installed = service
-            .target
-            .resume(at..pages.end, service.target.shared());
-        at += installed.pages as u64;
-        match installed.stop {
-            Some(InstallStop::Exists) => at += 1,
-            _ => break,
-        }
-    }
+    // A page that is mapped already ends it: those beside it mostly are as well, and each would cost a system call.
+    let _partly = service.target.resume(pages, service.target.shared());
 }

@@ -557,13 +557,19 @@ impl Cache {
     }
 
     /// Makes the flusher know a file that has dirty pages.
+    #[inline]
     pub(crate) fn enlist_dirty(&self, file: &Arc<FilePages>) {
         if !file.listed.load(Ordering::SeqCst) {
-            // Both under the lock: a flag set after somebody delisted the file again would keep it off the list for good.
-            let mut files = self.dirty_files.lock();
-            files.insert(file.id(), Arc::clone(file));
-            file.listed.store(true, Ordering::SeqCst);
+            self.enlist(file);
         }
+    }
+
+    #[cold]
+    fn enlist(&self, file: &Arc<FilePages>) {
+        // Both under the lock: a flag set after somebody delisted the file again would keep it off the list for good.
+        let mut files = self.dirty_files.lock();
+        files.insert(file.id(), Arc::clone(file));
+        file.listed.store(true, Ordering::SeqCst);
     }
 
     /// As [`Cache::enlist_dirty`]; false where that would allocate.

@@ -110,6 +110,36 @@ fn what_is_written_appears_in_the_mapping() {
 }
 
 #[test]
+fn an_evicted_page_is_gone_from_the_mapping_and_comes_back_as_it_is_now() {
+    with_program(PAGES, UserMapKind::SharedRead, |rig, file, _, program| {
+        let (other, _) = file_of(rig, 200);
+        let mut gone = 0;
+        for round in 0..3 {
+            for page in 0..PAGES {
+                let expected = if round == 0 {
+                    byte_of(page)
+                } else {
+                    100 + round
+                };
+                assert_eq!(program.load(page, 5), expected, "round {round}");
+            }
+            for page in (0..200).chain(0..200) {
+                drop(other.read(page, &WANT).unwrap());
+            }
+            gone += file
+                .resident_map(0..PAGES)
+                .iter()
+                .filter(|&&there| !there)
+                .count();
+            write(file, 0..PAGES, 101 + round);
+            file.write_back(0..u64::MAX, Mode::Integrity).unwrap();
+        }
+        assert!(gone > 0, "nothing was evicted");
+        drop(other);
+    });
+}
+
+#[test]
 fn a_mapping_many_times_the_budget_is_walked_through() {
     with_program(
         200,
