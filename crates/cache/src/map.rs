@@ -32,7 +32,7 @@ pub const AROUND_MAX: usize = 16;
 /// One user mapping, while the cache serves a fault in it; implemented by `pinfold-fault`.
 ///
 /// Called with folios locked: must take no lock but leaves and touch no user mapping. A mapping that is gone meanwhile
-/// answers [`InstallStop::Gone`](pinfold_mem::uffd::InstallStop::Gone). Whoever waits for the fault is woken by the
+/// answers [`InstallStop::Gone`]. Whoever waits for the fault is woken by the
 /// caller of [`FilePages::map`], once it has returned: an installation that met a mapped page wakes
 /// nobody.
 pub trait MapTarget {
