@@ -526,16 +526,17 @@ impl MappedMemory for UserMapping {
                 break;
             }
             let outcome = match access {
-                Access::Read => {
+                // A store to a private mapping does not concern the file, whose page the kernel copies.
+                Access::Write if !self.is_private() => {
+                    matches!(self.target.make_writable(page), Ok(MapOutcome::Mapped))
+                }
+                Access::Read | Access::Write => {
                     let want = Want {
                         pages: ((at + len - done).div_ceil(PAGE)) as u64,
                         ahead: Some(&self.ahead),
                         nowait: false,
                     };
                     self.pages().read(page, &want).is_ok()
-                }
-                Access::Write => {
-                    matches!(self.target.make_writable(page), Ok(MapOutcome::Mapped))
                 }
             };
             if !outcome {

@@ -509,36 +509,57 @@ impl UserMap {
         (at < self.len()).then(|| self.pages.start + (at / PAGE) as u64)
     }
 
-    /// Copies mapped bytes from `at` on, without resolving faults; byte `done` is the first that could not be.
+    /// Copies mapped bytes from `at` on, with nothing held, as far as no fault of a shared mapping is in the way: bring that
+    /// page in and go on at byte `done`.
     ///
     /// # Panics
     /// When the range leaves the mapping as it was made.
     pub fn load(&self, at: usize, into: &mut [u8]) -> Progress<CopyStop> {
-        let span = self.span(at, into.len());
-        // SAFETY: mapped memory, into which nobody holds references (`UserMap`); or unmapped, which the copy reports.
-        let mut cursor = unsafe { IovCursor::from_raw(Direction::Source, &[span]) };
-        cursor.copy_slice_nofault(into)
+        let mut cursor = self.cursor(Direction::Source, at, into.len());
+        match self.kind {
+            // The program's own copies are to be had at its addresses alone.
+            UserMapKind::Private => cursor.copy_slice_waiting(into),
+            UserMapKind::SharedRead | UserMapKind::SharedWrite => cursor.copy_slice_nofault(into),
+        }
     }
 
-    /// Stores to mapped bytes from `at` on, without resolving faults; byte `done` is the first that could not be.
+    /// Stores to mapped bytes from `at` on, as [`UserMap::load`] loads.
     ///
     /// # Panics
     /// When the range leaves the mapping as it was made.
     pub fn store(&self, at: usize, from: &[u8]) -> Progress<CopyStop> {
-        let span = self.span(at, from.len());
-        // SAFETY: as for `load`.
-        let mut cursor = unsafe { IovCursor::from_raw(Direction::Target, &[span]) };
-        // SAFETY: the slice is resident enough (`IovCursor::copy_slice_nofault`), and a target cursor only reads it.
-        unsafe { cursor.copy_nofault(from.as_ptr().cast_mut(), from.len()) }
+        let mut cursor = self.cursor(Direction::Target, at, from.len());
+        if self.kind != UserMapKind::Private {
+            // SAFETY: a slice's faults are the kernel's to resolve, and a target cursor only reads it.
+            return unsafe { cursor.copy_nofault(from.as_ptr().cast_mut(), from.len()) };
+        }
+        let mut piece = [0; PAGE];
+        let mut done = 0;
+        for from in from.chunks(PAGE) {
+            let piece = &mut piece[..from.len()];
+            piece.copy_from_slice(from);
+            let copied = cursor.copy_slice_waiting(piece);
+            done += copied.done;
+            if copied.stop.is_some() {
+                return Progress {
+                    done,
+                    stop: copied.stop,
+                };
+            }
+        }
+        Progress::complete(done)
     }
 
-    fn span(&self, at: usize, len: usize) -> RawSpan {
+    fn cursor(&self, direction: Direction, at: usize, len: usize) -> IovCursor<'_> {
         let fits = at.checked_add(len).is_some_and(|end| end <= self.len());
         assert!(fits, "{len} bytes at {at} leave the mapping");
-        RawSpan {
+        let span = RawSpan {
             addr: self.addr() + at,
             len,
-        }
+        };
+        // SAFETY: mapped memory, into which nobody in the library holds references (`UserMap`); or unmapped, which copies
+        // report.
+        unsafe { IovCursor::from_raw(direction, &[span]) }
     }
 
     /// Lists the page ranges that are still mapped.

@@ -5,6 +5,9 @@
 //!
 //! *Does not own*: the data and its locks ([`Inode`]), descriptors (the name space and the file's object).
 //!
+//! No handler of the program runs on top of them ([`Quiet`]): one that faults on mapped memory would wait for whoever is
+//! interrupted.
+//!
 //! *Locking*: a node's own locks are taken with nothing held and keep their place outside class 1: `life` orders opening
 //! against the loss of the last name, `stamps` orders what is done to the stored times against reading them.
 
@@ -17,6 +20,7 @@ use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::Mutex;
 use pinfold_base::Errno;
+use pinfold_mem::Quiet;
 use pinfold_store::Object;
 use pinfold_store::dir::namespace::{Change, Handle, Stat};
 use pinfold_store::dir::object::DirObject;
@@ -121,6 +125,7 @@ impl Node {
     /// # Errors
     /// The store's errors.
     pub fn attributes(&self) -> Result<Metadata> {
+        let _quiet = Quiet::enter();
         self.0.attributes().map_err(failed("read attributes of"))
     }
 
@@ -138,6 +143,7 @@ impl Node {
     /// # Errors
     /// `EPERM`, `EINVAL` for the size of what is no file, the store's errors.
     pub fn set_attributes(&self, set: &SetAttributes) -> Result<Metadata> {
+        let _quiet = Quiet::enter();
         const OPERATION: &str = "change attributes of";
         if let Some(len) = set.len {
             match self.kind() {
@@ -172,6 +178,7 @@ impl Node {
     /// # Errors
     /// The store's errors.
     pub fn clear_set_id_bits(&self) -> Result<()> {
+        let _quiet = Quiet::enter();
         let operation = failed("change attributes of");
         let old = self.0.handle.stat().map_err(&operation)?.permissions;
         let mut new = old & !S_ISUID;
@@ -201,6 +208,7 @@ impl Node {
     /// # Errors
     /// As [`Node::lookup`].
     pub fn lookup_attributes(&self, name: &OsStr) -> Result<(Self, Metadata)> {
+        let _quiet = Quiet::enter();
         let found = self.0.with(|handle| handle.lookup(name));
         let (handle, stat) = found.map_err(failed_at("look up", name))?;
         Ok(self.adopt(handle, stat))
@@ -227,6 +235,7 @@ impl Node {
         options: &OpenOptions,
         owner: Owner,
     ) -> Result<(Self, File)> {
+        let _quiet = Quiet::enter();
         const OPERATION: &str = "create";
         let mode = options.create_mode();
         match self.0.with(|dir| dir.create(name, mode, owner.caller())) {
@@ -249,6 +258,7 @@ impl Node {
     /// # Errors
     /// `EOPNOTSUPP` where the store cannot.
     pub fn temporary(&self, options: &OpenOptions, owner: Owner) -> Result<(Self, File)> {
+        let _quiet = Quiet::enter();
         let made = self
             .0
             .with(|dir| dir.create_unnamed(options.create_mode(), owner.caller()));
@@ -264,6 +274,7 @@ impl Node {
     /// # Errors
     /// What mkdir(2) says.
     pub fn make_dir(&self, name: &OsStr, mode: u32, owner: Owner) -> Result<Self> {
+        let _quiet = Quiet::enter();
         let made = self.0.with(|dir| dir.make_dir(name, mode, owner.caller()));
         let (handle, stat) = made.map_err(failed_at("create directory", name))?;
         Ok(self.0.tree.node(handle, &stat))
@@ -281,6 +292,7 @@ impl Node {
         rdev: u64,
         owner: Owner,
     ) -> Result<Self> {
+        let _quiet = Quiet::enter();
         let made = self
             .0
             .with(|dir| dir.make_node(name, kind, mode, rdev, owner.caller()));
@@ -293,6 +305,7 @@ impl Node {
     /// # Errors
     /// What symlink(2) says.
     pub fn symlink(&self, name: &OsStr, target: &OsStr, owner: Owner) -> Result<Self> {
+        let _quiet = Quiet::enter();
         let made = self.0.with(|dir| dir.symlink(name, target, owner.caller()));
         let (handle, stat) = made.map_err(failed_at("create symbolic link", name))?;
         Ok(self.0.tree.node(handle, &stat))
@@ -303,6 +316,7 @@ impl Node {
     /// # Errors
     /// What link(2) says.
     pub fn link(&self, target: &Self, name: &OsStr) -> Result<()> {
+        let _quiet = Quiet::enter();
         let mut life = target.0.life.lock();
         let linked = target.0.with(|handle| handle.link(&self.0.handle, name));
         let stat = linked.map_err(failed_at("link", name))?;
@@ -317,6 +331,7 @@ impl Node {
     /// # Errors
     /// What unlink(2) says.
     pub fn unlink(&self, name: &OsStr) -> Result<()> {
+        let _quiet = Quiet::enter();
         let loser = self.held(name);
         if let Some(loser) = &loser {
             loser
@@ -336,6 +351,7 @@ impl Node {
     /// # Errors
     /// What rmdir(2) says.
     pub fn remove_dir(&self, name: &OsStr) -> Result<()> {
+        let _quiet = Quiet::enter();
         let loser = self.held(name);
         let outcome = self.0.with(|dir| dir.remove_dir(name));
         if let (Some(loser), Ok(())) = (loser, &outcome) {
@@ -355,6 +371,7 @@ impl Node {
         new_name: &OsStr,
         flags: RenameFlags,
     ) -> Result<()> {
+        let _quiet = Quiet::enter();
         let moved = self.held(name);
         let replaced = new_dir.held(new_name);
         if let Some(replaced) = &replaced {
@@ -416,6 +433,7 @@ impl Node {
     /// # Errors
     /// `EINVAL` for anything else.
     pub fn read_link(&self) -> Result<OsString> {
+        let _quiet = Quiet::enter();
         self.0
             .with(Handle::read_link)
             .map_err(failed("read symbolic link"))
@@ -429,6 +447,7 @@ impl Node {
     /// `EISDIR`, `ELOOP` for a symbolic link, `EOPNOTSUPP` for other kinds; `ESTALE` when somebody changed the stored
     /// file while newer data was cached; what open(2) says.
     pub fn open(&self, options: &OpenOptions) -> Result<File> {
+        let _quiet = Quiet::enter();
         const OPERATION: &str = "open";
         match self.kind() {
             Kind::File => {}
@@ -456,6 +475,7 @@ impl Node {
 
     /// Opens a file that is open already once more, with other rights that this one has as well.
     pub(crate) fn reopen(&self, access: Access) -> Result<File> {
+        let _quiet = Quiet::enter();
         let data = self.data()?;
         let _life = self.0.life.lock();
         let granted = self
@@ -480,6 +500,7 @@ impl Node {
     /// # Errors
     /// `ENOTDIR`; what open(2) says.
     pub fn open_dir(&self) -> Result<Directory> {
+        let _quiet = Quiet::enter();
         let entries = self.0.with(Handle::entries);
         let entries = entries.map_err(failed("open directory"))?;
         Ok(Directory::new(self.clone(), entries))
@@ -490,6 +511,7 @@ impl Node {
     /// # Errors
     /// What fsync(2) says.
     pub fn sync_dir(&self) -> Result<()> {
+        let _quiet = Quiet::enter();
         self.0
             .with(Handle::sync_dir)
             .map_err(failed("sync directory"))
@@ -500,6 +522,7 @@ impl Node {
     /// # Errors
     /// What statfs(2) says.
     pub fn statfs(&self) -> Result<Statfs> {
+        let _quiet = Quiet::enter();
         self.0
             .with(Handle::space)
             .map_err(failed("read free space of"))
@@ -510,6 +533,7 @@ impl Node {
     /// # Errors
     /// `ENODATA`, `EOPNOTSUPP`.
     pub fn xattr(&self, name: &OsStr) -> Result<Vec<u8>> {
+        let _quiet = Quiet::enter();
         let value = self.0.with(|handle| handle.xattr(name));
         value.map_err(failed_at("read extended attribute", name))
     }
@@ -519,6 +543,7 @@ impl Node {
     /// # Errors
     /// The store's errors.
     pub fn xattr_names(&self) -> Result<Vec<u8>> {
+        let _quiet = Quiet::enter();
         let names = self.0.with(Handle::xattr_names);
         names.map_err(failed("list extended attributes of"))
     }
@@ -534,6 +559,7 @@ impl Node {
         flags: SetXattr,
         owner: Owner,
     ) -> Result<()> {
+        let _quiet = Quiet::enter();
         let mut stamps = self.0.stamps.lock();
         let handle = &self.0.handle;
         let outcome = handle.set_xattr(name, value, flags, owner.caller());
@@ -547,6 +573,7 @@ impl Node {
     /// # Errors
     /// What removexattr(2) says.
     pub fn remove_xattr(&self, name: &OsStr) -> Result<()> {
+        let _quiet = Quiet::enter();
         let mut stamps = self.0.stamps.lock();
         let handle = &self.0.handle;
         let outcome = handle.remove_xattr(name);
@@ -557,6 +584,7 @@ impl Node {
 
     /// Tells that one of the node's files was closed.
     pub(crate) fn file_closed(&self) {
+        let _quiet = Quiet::enter();
         let Some(data) = self.0.data.get() else {
             return;
         };

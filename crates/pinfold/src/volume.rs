@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use pinfold_base::Errno;
 use pinfold_cache::{Cache, CacheConfig, CacheSnapshot, MEMORY_MIN};
 use pinfold_fault::{FaultSnapshot, Faults};
-use pinfold_mem::{Privilege, exit, faultin, uring};
+use pinfold_mem::{Privilege, Quiet, exit, faultin, uring};
 use pinfold_store::dir::namespace::{Namespace, OpenError};
 
 use crate::directory::Directory;
@@ -288,6 +288,7 @@ impl Volume {
     /// # Errors
     /// The first error of storing a page; each is reported to the files concerned as well.
     pub fn sync(&self) -> Result<()> {
+        let _quiet = Quiet::enter();
         let written = self.0.engine.cache.write_back_all();
         self.0
             .tree
@@ -523,6 +524,7 @@ impl Drop for Shared {
             // Its threads and what it was about to store are the parent's.
             return;
         }
+        let _quiet = Quiet::enter();
         let cache = &self.engine.cache;
         // An error stays in the files' errseq; whoever wants to hear of it calls `close` or `sync_all`.
         let _ = cache.write_back_all();

@@ -9,5 +9,7 @@
 mod mapping {
     mod basics;
     mod buffers;
+    mod private;
+    mod races;
     pub mod rig;
 }
