@@ -9,11 +9,12 @@
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pinfold_base::Errno;
 use pinfold_mem::Direction;
-use pinfold_mem::region::view::Sharing;
+use pinfold_mem::region::view::{Sharing, View};
 use pinfold_mem::region::{At, Region, UserIov};
 use serde::{Deserialize, Serialize};
 
@@ -61,6 +62,28 @@ pub enum Mutation {
     StarveOne,
     /// The process dies.
     Die,
+    /// Every write of a page or more leaves garbage at its start.
+    Corrupt,
+    /// Every direct read brings garbage at its start.
+    CorruptDirectRead,
+    /// A file that grows shows garbage at its old end.
+    GrowGarbage,
+    /// An append is two.
+    TornAppend,
+    /// A direct write is done when the next one comes.
+    LateDirect,
+    /// A direct write does nothing, and says so.
+    IdleDirect,
+    /// A shared mapping is a private one.
+    Separate,
+    /// msync always succeeds.
+    LaxMsync,
+    /// A record in bad memory is no error.
+    SwallowFaults,
+    /// fsync takes two seconds.
+    SlowSync,
+    /// Each transfer leaves a pin behind.
+    LeakPins,
 }
 
 /// A file system with one promise broken.
@@ -68,13 +91,19 @@ pub enum Mutation {
 pub struct Mutant {
     inner: Box<dyn Fs>,
     mutation: Mutation,
+    /// Transfers so far, for [`Mutation::LeakPins`].
+    transfers: Arc<AtomicU64>,
 }
 
 impl Mutant {
     /// Breaks `inner`.
     #[must_use]
     pub fn new(inner: Box<dyn Fs>, mutation: Mutation) -> Self {
-        Self { inner, mutation }
+        Self {
+            inner,
+            mutation,
+            transfers: Arc::default(),
+        }
     }
 }
 
@@ -91,8 +120,12 @@ impl Fs for Mutant {
         if self.mutation == Mutation::Die {
             std::process::abort();
         }
+        let inner = self.inner.open(name, how)?;
         Ok(Box::new(MutantFile {
-            inner: self.inner.open(name, how)?,
+            inner,
+            aside: self.inner.open(name, Open::EXISTING)?,
+            transfers: Arc::clone(&self.transfers),
+            late: Mutex::new(None),
             mutation: self.mutation,
             how,
             starved: name == "writer-1",
@@ -106,7 +139,15 @@ impl Fs for Mutant {
     }
 
     fn pins(&self) -> Option<Pins> {
-        self.inner.pins()
+        let pins = self.inner.pins()?;
+        let leaked = match self.mutation {
+            Mutation::LeakPins => self.transfers.load(Ordering::Relaxed),
+            _ => 0,
+        };
+        Some(Pins {
+            acquired: pins.acquired + leaked,
+            ..pins
+        })
     }
 
     fn troubled(&self) -> Result<Troubled, String> {
@@ -126,6 +167,11 @@ impl Fs for Mutant {
 #[derive(Debug)]
 struct MutantFile {
     inner: Box<dyn Handle>,
+    /// The same file by another descriptor, without O_DIRECT or O_APPEND.
+    aside: Box<dyn Handle>,
+    transfers: Arc<AtomicU64>,
+    /// What [`Mutation::LateDirect`] has not written yet, and where it belongs.
+    late: Mutex<Option<(Region, usize, u64)>>,
     mutation: Mutation,
     how: Open,
     /// Whether [`Mutation::StarveOne`] means this file.
@@ -207,6 +253,7 @@ impl MutantFile {
             (Mutation::ShowGarbage | Mutation::KeepGarbage, Ok(done)) if done < asked => {
                 self.put_garbage(start + done as u64)
             }
+            (Mutation::Corrupt, Ok(done)) if done >= Region::PAGE => self.put_garbage(start),
             _ => Ok(()),
         }
     }
@@ -214,17 +261,44 @@ impl MutantFile {
     fn put_garbage(&self, at: u64) -> Result<(), Errno> {
         let region = Region::pages(2)?;
         let old = region.iov(0..64);
-        if self.inner.read(&old, At::Offset(at), How::PLAIN)? < 64 {
+        if self.aside.read(&old, At::Offset(at), How::PLAIN)? < 64 {
             return Ok(());
         }
         region.fill(Region::PAGE..Region::PAGE + 64, GARBAGE)?;
         let garbage = region.iov(Region::PAGE..Region::PAGE + 64);
-        self.inner.write(&garbage, At::Offset(at), How::PLAIN)?;
+        self.aside.write(&garbage, At::Offset(at), How::PLAIN)?;
         if self.mutation == Mutation::ShowGarbage {
             std::thread::sleep(Duration::from_micros(100));
-            self.inner.write(&old, At::Offset(at), How::PLAIN)?;
+            self.aside.write(&old, At::Offset(at), How::PLAIN)?;
         }
         Ok(())
+    }
+
+    /// Writes what was to be written before, and keeps `from` for the next time.
+    fn write_late(&self, from: &UserIov<'_>, start: u64) -> Result<usize, Errno> {
+        let len = from.bytes();
+        let mut bytes = vec![0; len];
+        let mut cursor = from.cursor(Direction::Source);
+        if cursor.copy_slice_nofault(&mut bytes).done < len as u64 {
+            return Err(Errno::EFAULT);
+        }
+        let region = Region::pages(len.div_ceil(Region::PAGE))?;
+        region.put(0, &bytes)?;
+        let mut late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((region, len, at)) = late.replace((region, len, start)) {
+            self.inner
+                .write(&region.iov(0..len), At::Offset(at), How::PLAIN)?;
+        }
+        Ok(len)
+    }
+
+    /// Writes as one append what others may come between.
+    fn append_in_parts(&self, from: &UserIov<'_>, how: How<'_>) -> Result<usize, Errno> {
+        let half = from.bytes() / 2;
+        let first = self.inner.write(&from.part(0..half), At::Position, how)?;
+        std::thread::yield_now();
+        let rest = from.part(half..from.bytes());
+        Ok(first + self.inner.write(&rest, At::Position, how)?)
     }
 
     /// Writes a large source from its last part to its first.
@@ -245,7 +319,18 @@ impl Handle for MutantFile {
         if let Some(errno) = self.refused(to) {
             return Err(errno);
         }
+        self.transfers.fetch_add(1, Ordering::Relaxed);
+        let start = self.start(at)?;
         let result = self.inner.read(to, at, self.how(how));
+        if self.mutation == Mutation::MoveOnFailure && result.is_err() && at == At::Position {
+            self.inner.seek(start + 1)?;
+        }
+        if self.mutation == Mutation::CorruptDirectRead && self.how.direct {
+            let mut garbage = [GARBAGE; 8];
+            let _ = to
+                .cursor(Direction::Target)
+                .copy_slice_nofault(&mut garbage);
+        }
         if self.mutation == Mutation::StaleDirect && self.how.direct {
             let mut zeros = vec![0; to.bytes()];
             let _ = to.cursor(Direction::Target).copy_slice_nofault(&mut zeros);
@@ -257,16 +342,24 @@ impl Handle for MutantFile {
         if let Some(errno) = self.refused(from) {
             return Err(errno);
         }
+        self.transfers.fetch_add(1, Ordering::Relaxed);
         let start = self.start(at)?;
+        let size = self.inner.size()?;
         self.before_write(from, start)?;
         let how = self.how(how);
         let halved = from.part(0..from.bytes() / 2);
         let result = match self.mutation {
             Mutation::BackToFront if from.bytes() > 64 << 20 => self.write_backwards(from, start),
+            Mutation::LateDirect if self.how.direct => self.write_late(from, start),
+            Mutation::IdleDirect if self.how.direct => Ok(0),
+            Mutation::TornAppend if self.how.append => self.append_in_parts(from, how),
             Mutation::Halve if from.bytes() > 1 => self.inner.write(&halved, at, how),
             _ => self.inner.write(from, at, how),
         };
         self.after_write(from.bytes(), start, result)?;
+        if self.mutation == Mutation::GrowGarbage && size < start {
+            self.put_garbage(size)?;
+        }
         if self.mutation == Mutation::MoveOnFailure && result.is_err() && at == At::Position {
             self.inner.seek(start + 1)?;
         }
@@ -286,7 +379,12 @@ impl Handle for MutantFile {
     }
 
     fn truncate(&self, size: u64) -> Result<(), Errno> {
-        self.inner.truncate(size)
+        let before = self.inner.size()?;
+        self.inner.truncate(size)?;
+        if self.mutation == Mutation::GrowGarbage && before < size {
+            self.put_garbage(before)?;
+        }
+        Ok(())
     }
 
     fn allocate(&self, mode: Allocate, range: Range<u64>) -> Result<(), Errno> {
@@ -299,6 +397,10 @@ impl Handle for MutantFile {
             (Mutation::HangInSync, _) => loop {
                 std::thread::park();
             },
+            (Mutation::SlowSync, result) => {
+                std::thread::sleep(Duration::from_secs(2));
+                result
+            }
             (Mutation::ForgetErrors, _) => Ok(()),
             (Mutation::RepeatErrors, Err(errno)) => {
                 self.failed
@@ -321,11 +423,24 @@ impl Handle for MutantFile {
     }
 
     fn map(&self, range: Range<u64>, sharing: Sharing) -> Result<Box<dyn Mapped>, Refusal> {
-        self.inner.map(range, sharing)
+        let sharing = match self.mutation {
+            Mutation::Separate => Sharing::Private,
+            _ => sharing,
+        };
+        let inner = self.inner.map(range, sharing)?;
+        if self.mutation == Mutation::LaxMsync {
+            return Ok(Box::new(LaxMap { inner }));
+        }
+        Ok(inner)
     }
 
     fn extents(&self, into: &UserIov<'_>) -> Result<usize, Refusal> {
-        self.inner.extents(into)
+        match self.inner.extents(into) {
+            Err(Refusal::Failed(Errno::EFAULT)) if self.mutation == Mutation::SwallowFaults => {
+                Ok(0)
+            }
+            extents => extents,
+        }
     }
 
     fn transfer(
@@ -335,6 +450,40 @@ impl Handle for MutantFile {
         offset: u64,
         meanwhile: &mut dyn FnMut(),
     ) -> Result<usize, Refusal> {
+        if matches!(direction, Direction::Source) && self.mutation == Mutation::LateDirect {
+            meanwhile();
+            return Ok(self.write_late(iov, offset)?);
+        }
         self.inner.transfer(direction, iov, offset, meanwhile)
+    }
+}
+
+/// A mapping whose msync looks at nothing.
+#[derive(Debug)]
+struct LaxMap {
+    inner: Box<dyn Mapped>,
+}
+
+impl Mapped for LaxMap {
+    fn view(&self) -> View<'_> {
+        self.inner.view()
+    }
+
+    fn sync(&self, range: Range<usize>, flags: i32) -> Result<(), Refusal> {
+        // What can be stored is: only the answer is wrong.
+        let _ = self.inner.sync(range, flags);
+        Ok(())
+    }
+
+    fn forget(&self, range: Range<usize>) -> Result<(), Refusal> {
+        self.inner.forget(range)
+    }
+
+    fn resident(&self, range: Range<usize>) -> Result<Vec<bool>, Refusal> {
+        self.inner.resident(range)
+    }
+
+    fn unmap(&mut self, range: Range<usize>) -> Result<(), Refusal> {
+        self.inner.unmap(range)
     }
 }
