@@ -28,4 +28,4 @@ pub mod target;
 pub use report::{Record, Tally};
 pub use runner::{ChildCommand, Event, Plan};
 pub use scenario::{Outcome, Scenario};
-pub use target::{Backend, Target};
+pub use target::{Backend, Faults, Target};

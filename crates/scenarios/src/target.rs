@@ -9,6 +9,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use pinfold::Delivery;
 use serde::{Deserialize, Serialize};
 
 use crate::fs::Fs;
@@ -26,14 +27,46 @@ pub enum Backend {
     Pinfold {
         /// The volume's budget, in bytes.
         memory: u64,
+        /// Who serves faults in its mappings.
+        #[serde(default)]
+        faults: Faults,
     },
+}
+
+/// Who serves the faults of mappings.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Faults {
+    /// A thread of the library's.
+    #[default]
+    Handler,
+    /// The faulting thread, in its signal handler.
+    Inline,
 }
 
 impl Backend {
     /// The smallest budget that scenarios use: 64 pages.
-    pub const SMALL: Self = Self::Pinfold { memory: 64 * 4096 };
+    pub const SMALL: Self = Self::Pinfold {
+        memory: 64 * 4096,
+        faults: Faults::Handler,
+    };
     /// A comfortable budget: 64 MiB.
-    pub const ROOMY: Self = Self::Pinfold { memory: 64 << 20 };
+    pub const ROOMY: Self = Self::Pinfold {
+        memory: 64 << 20,
+        faults: Faults::Handler,
+    };
+
+    /// The same, with faults served by the faulting thread.
+    #[must_use]
+    pub const fn inline(self) -> Self {
+        match self {
+            Self::Kernel => self,
+            Self::Pinfold { memory, .. } => Self::Pinfold {
+                memory,
+                faults: Faults::Inline,
+            },
+        }
+    }
 }
 
 /// A back end on a directory.
@@ -96,7 +129,13 @@ impl Target {
             Backend::Kernel => {
                 Box::new(Kernel::new(&self.dir).map_err(|errno| format!("{dir}: {errno}"))?)
             }
-            Backend::Pinfold { memory } => Box::new(Library::new(&self.dir, memory)?),
+            Backend::Pinfold { memory, faults } => {
+                let delivery = match faults {
+                    Faults::Handler => Delivery::Handler,
+                    Faults::Inline => Delivery::Inline,
+                };
+                Box::new(Library::new(&self.dir, memory, delivery)?)
+            }
         };
         Ok(match self.mutation {
             Some(mutation) => Box::new(Mutant::new(fs, mutation)),
@@ -109,10 +148,18 @@ impl Target {
     pub fn label(&self) -> String {
         match self.backend {
             Backend::Kernel => "kernel".into(),
-            Backend::Pinfold { memory } if memory < 1 << 20 => {
-                format!("pinfold {} KiB", memory >> 10)
+            Backend::Pinfold { memory, faults } => {
+                let (amount, unit) = if memory < 1 << 20 {
+                    (memory >> 10, "KiB")
+                } else {
+                    (memory >> 20, "MiB")
+                };
+                let inline = match faults {
+                    Faults::Handler => "",
+                    Faults::Inline => ", inline",
+                };
+                format!("pinfold {amount} {unit}{inline}")
             }
-            Backend::Pinfold { memory } => format!("pinfold {} MiB", memory >> 20),
         }
     }
 }
@@ -133,5 +180,7 @@ mod tests {
         let json = serde_json::to_string(&target).unwrap();
         assert_eq!(serde_json::from_str::<Target>(&json).unwrap(), target);
         assert_eq!(target.to_string(), "pinfold 256 KiB:/a b");
+        let inline = Target::pinfold(Path::new("/d"), Backend::ROOMY.inline());
+        assert_eq!(inline.to_string(), "pinfold 64 MiB, inline:/d");
     }
 }

@@ -16,6 +16,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
 use super::touch::{self, Hit};
 use super::{Region, UserIov, errno};
+use crate::mapped;
 use crate::span::RawSpan;
 
 /// Addresses that may be loaded from and stored to at any time, as far as whoever mapped them allows.
@@ -44,6 +45,26 @@ impl<'m> View<'m> {
             addr,
             len,
             owner: PhantomData,
+        }
+    }
+
+    /// Wraps a mapping of this library's, which is borrowed for as long: its owner keeps it mapped, and hands out no
+    /// reference into it.
+    ///
+    /// # Errors
+    /// `EINVAL` unless all of it is one mapping in the table of user mappings.
+    pub fn of_user_mapping<T: ?Sized>(
+        _owner: &'m T,
+        addr: usize,
+        len: usize,
+    ) -> Result<Self, Errno> {
+        let start = std::ptr::with_exposed_provenance_mut(addr);
+        match (mapped::extent(addr, len), NonNull::new(start)) {
+            (mapped::Extent::Mapped(there), Some(start)) if there == len => {
+                // SAFETY: the table holds what is mapped, `_owner` is borrowed, and a mapping has no references into it.
+                Ok(unsafe { Self::new(start, len) })
+            }
+            _ => Err(Errno::EINVAL),
         }
     }
 

@@ -12,10 +12,13 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
 
-use pinfold::{AllocateMode, Errno, File, IoOptions, OpenOptions, Progress, Volume};
+use pinfold::{
+    Advice, AllocateMode, Delivery, Errno, File, IoOptions, MapAccess, MapOptions, Mapping,
+    OpenOptions, Progress, Volume,
+};
 use pinfold_mem::Direction;
-use pinfold_mem::region::view::Sharing;
-use pinfold_mem::region::{At, UserIov};
+use pinfold_mem::region::view::{Sharing, View};
+use pinfold_mem::region::{At, Region, UserIov};
 use pinfold_store::testing::{Action, FaultyObject, On, Rule};
 use pinfold_store::{Object, Operation};
 
@@ -28,6 +31,7 @@ const DIRTY_LIMIT: u64 = 256 << 10;
 pub struct Library {
     dir: PathBuf,
     memory: u64,
+    delivery: Delivery,
     volume: Volume,
 }
 
@@ -38,11 +42,11 @@ impl fmt::Debug for Library {
 }
 
 impl Library {
-    /// Opens a volume on `dir` that may use `memory` bytes.
+    /// Opens a volume on `dir` that may use `memory` bytes and has faults served as `delivery` says.
     ///
     /// # Errors
     /// As the volume's builder.
-    pub fn new(dir: &Path, memory: u64) -> Result<Self, String> {
+    pub fn new(dir: &Path, memory: u64, delivery: Delivery) -> Result<Self, String> {
         let volume = Volume::builder()
             .memory(memory)
             .file_size_limit(true)
@@ -51,6 +55,7 @@ impl Library {
         Ok(Self {
             dir: dir.to_path_buf(),
             memory,
+            delivery,
             volume,
         })
     }
@@ -87,7 +92,10 @@ impl Fs for Library {
             .volume
             .open(name, &options)
             .map_err(|error| error.errno())?;
-        Ok(Box::new(LibraryFile { file }))
+        Ok(Box::new(LibraryFile {
+            file,
+            delivery: self.delivery,
+        }))
     }
 
     fn cancels(&self) -> bool {
@@ -95,7 +103,11 @@ impl Fs for Library {
     }
 
     fn pins(&self) -> Option<Pins> {
-        None
+        let cache = self.volume.statistics().cache;
+        Some(Pins {
+            acquired: cache.foll_pin_acquired,
+            released: cache.foll_pin_released,
+        })
     }
 
     fn troubled(&self) -> Result<Troubled, String> {
@@ -122,6 +134,7 @@ impl Fs for Library {
             fs: Box::new(Self {
                 dir,
                 memory: self.memory,
+                delivery: self.delivery,
                 volume,
             }),
             turn: Box::new(move |weather| {
@@ -171,6 +184,7 @@ impl Weather {
 #[derive(Debug)]
 struct LibraryFile {
     file: File,
+    delivery: Delivery,
 }
 
 impl Handle for LibraryFile {
@@ -234,8 +248,17 @@ impl Handle for LibraryFile {
         self.file.drop_cache().map_err(|error| error.errno())
     }
 
-    fn map(&self, _range: Range<u64>, _sharing: Sharing) -> Result<Box<dyn Mapped>, Refusal> {
-        Err(Refusal::Missing("the library does not map files yet"))
+    fn map(&self, range: Range<u64>, sharing: Sharing) -> Result<Box<dyn Mapped>, Refusal> {
+        let access = match sharing {
+            Sharing::Shared => MapAccess::Write,
+            Sharing::Private => MapAccess::Private,
+        };
+        let options = MapOptions::new().access(access).delivery(self.delivery);
+        let mapping = self
+            .file
+            .map(range, &options)
+            .map_err(|error| error.errno())?;
+        Ok(Box::new(LibraryMap { mapping }))
     }
 
     fn extents(&self, _into: &UserIov<'_>) -> Result<usize, Refusal> {
@@ -260,6 +283,48 @@ impl Handle for LibraryFile {
         });
         // The panic itself is noted where it happened.
         Ok(moved.unwrap_or(Err(Errno::EIO))?)
+    }
+}
+
+#[derive(Debug)]
+struct LibraryMap {
+    mapping: Mapping,
+}
+
+impl Mapped for LibraryMap {
+    fn view(&self) -> View<'_> {
+        let addr = self.mapping.as_ptr().expose_provenance();
+        View::of_user_mapping(self, addr, self.mapping.len())
+            .expect("scenarios look at no mapping with a hole")
+    }
+
+    fn sync(&self, range: Range<usize>, flags: i32) -> Result<(), Refusal> {
+        if !range.start.is_multiple_of(Region::PAGE) {
+            return Err(Refusal::Missing("the library syncs bytes, not pages"));
+        }
+        // The kernel rounds up to whole pages, and so reaches the end of the last one.
+        let range = range.start..range.end.min(self.mapping.len());
+        let done = match flags {
+            libc::MS_SYNC => self.mapping.flush(range),
+            libc::MS_ASYNC => self.mapping.flush_async(range),
+            _ => return Err(Refusal::Missing("the library has no flags of msync")),
+        };
+        Ok(done.map_err(|error| error.errno())?)
+    }
+
+    fn forget(&self, range: Range<usize>) -> Result<(), Refusal> {
+        let done = self.mapping.advise(Advice::DontNeed, range);
+        Ok(done.map_err(|error| error.errno())?)
+    }
+
+    fn resident(&self, range: Range<usize>) -> Result<Vec<bool>, Refusal> {
+        let resident = self.mapping.resident(range);
+        Ok(resident.map_err(|error| error.errno())?)
+    }
+
+    fn unmap(&mut self, range: Range<usize>) -> Result<(), Refusal> {
+        let done = self.mapping.unmap(range);
+        Ok(done.map_err(|error| error.errno())?)
     }
 }
 

@@ -77,8 +77,8 @@ pub(super) fn read(file: &dyn Handle, range: Range<u64>) -> Result<Vec<u8>, Stop
 
 /// Records whether `got`, which was found at `at`, is `want`; says where it is not.
 pub(super) fn same(cx: &Context<'_>, name: &'static str, got: &[u8], at: u64, want: &[u8]) -> bool {
-    let differs = got.iter().zip(want).position(|(got, want)| got != want);
-    cx.check(name, got.len() == want.len() && differs.is_none(), || {
+    cx.check(name, got == want, || {
+        let differs = got.iter().zip(want).position(|(got, want)| got != want);
         differs.map_or_else(
             || format!("{} bytes at {at}, expected {}", got.len(), want.len()),
             |first| {

@@ -210,7 +210,7 @@ fn self_shifted(cx: &Context<'_>) -> Result<(), Stop> {
 }
 
 /// Bytes of the source of T20: more than any window of fault-in.
-const LARGE: u64 = 4 << 20;
+const LARGE: u64 = 2 << 20;
 
 fn window_sequence(cx: &Context<'_>) -> Result<(), Stop> {
     let source = pattern::file(cx, "source", 4, LARGE)?;
@@ -219,7 +219,7 @@ fn window_sequence(cx: &Context<'_>) -> Result<(), Stop> {
     bad.protect(0..PAGE, Protection::None)?;
     let mut rng = cx.rng(0);
     let mut round = 0;
-    while cx.goes_on(round, 8..200) {
+    while cx.goes_on(round, 4..200) {
         let map = cx.cold_map(&*source, 0..LARGE)?;
         let view = map.view();
         target.truncate(0)?;
