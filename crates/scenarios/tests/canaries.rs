@@ -59,7 +59,7 @@ const CANARIES: &[(Mutation, &str, &str)] = &[
     (Mutation::LateDirect, "T37", "no zeros"),
     (Mutation::SizeFirst, "T38", "bytes below the size"),
     (Mutation::LateDirect, "T38", "the size never falls back"),
-    (Mutation::Corrupt, "T39", "what was written"),
+    (Mutation::LateDirect, "T39", "what was written"),
     (Mutation::LateDirect, "T40", "what was written"),
     (
         Mutation::StaleDirect,

@@ -39,7 +39,8 @@ pub struct Arguments {
     /// Directories to work in
     #[arg(value_name = "DIR", required_unless_present_any = ["list", "child"])]
     dirs: Vec<PathBuf>,
-    /// Torture this library on the directories, with 256 KiB and with 64 MiB of memory, instead of the kernel
+    /// Torture this library on the directories, with 256 KiB and with 64 MiB of memory and faults served both ways,
+    /// instead of the kernel
     #[arg(long)]
     pinfold: bool,
     /// Run only these scenarios, by number or name
@@ -134,7 +135,9 @@ fn plan(args: &Arguments) -> Result<Plan, String> {
         if args.pinfold {
             vec![
                 Target::pinfold(dir, Backend::SMALL),
+                Target::pinfold(dir, Backend::SMALL.inline()),
                 Target::pinfold(dir, Backend::ROOMY),
+                Target::pinfold(dir, Backend::ROOMY.inline()),
             ]
         } else {
             vec![Target::kernel(dir)]
