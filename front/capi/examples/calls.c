@@ -522,6 +522,103 @@ static void names(void)
     SHOW(close(at));
 }
 
+static void mappings(void)
+{
+    unsigned char there[8];
+    int fd;
+    printf("-- mappings\n");
+    WORKS(fd = open("mapped", O_RDWR | O_CREAT, 0644));
+    SHOW(ftruncate(fd, 10 * 4096 + 100));
+    SHOW(pwrite(fd, "written", 7, 4096));
+    char *map = mmap(NULL, 10 * 4096 + 100, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    printf("mmap %d\n", map != MAP_FAILED);
+    show_bytes("loaded", map + 4096, 7);
+    memcpy(map + 2 * 4096, "stored", 6);
+    char buf[16] = {0};
+    SHOW(pread(fd, buf, 6, 2 * 4096));
+    show_bytes("read", buf, 6);
+    SHOW(pwrite(fd, "again", 5, 2 * 4096));
+    show_bytes("loaded", map + 2 * 4096, 6);
+    printf("-- a buffer mapped from the same file\n");
+    SHOW(pwrite(fd, map + 4096, 8192, 5 * 4096 + 10));
+    SHOW(pread(fd, map + 3 * 4096, 7, 4096));
+    show_bytes("loaded", map + 3 * 4096, 7);
+    SHOW(pwrite(fd, map, 3 * 4096, 4096));
+    printf("sum %llx\n", sum(map, 10 * 4096 + 100));
+    SHOW(fstat(fd, (struct stat *)(map + 8 * 4096)));
+    SHOW(((struct stat *)(map + 8 * 4096))->st_size);
+    memset(map + 8 * 4096, 0, 4096);
+    printf("-- private and for reading\n");
+    char *private = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd, 4096);
+    printf("mmap %d\n", private != MAP_FAILED);
+    memcpy(private, "mine", 4);
+    SHOW(pread(fd, buf, 7, 4096));
+    printf("the file's is another: %d\n", memcmp(buf, "mine", 4) != 0);
+    char *reading = mmap(NULL, 4096, PROT_READ, MAP_PRIVATE | MAP_POPULATE, fd, 8192);
+    printf("the same bytes: %d\n", memcmp(reading, map + 8192, 4096) == 0);
+    SHOW(munmap(private, 8192));
+    SHOW(munmap(reading, 4096));
+    printf("-- what is refused\n");
+    SHOW(mmap(NULL, 0, PROT_READ, MAP_SHARED, fd, 0) != MAP_FAILED ? 0 : -1);
+    SHOW(mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 100) != MAP_FAILED ? 0 : -1);
+    SHOW(mmap(NULL, 4096, PROT_READ, 0, fd, 0) != MAP_FAILED ? 0 : -1);
+    SHOW(mmap(NULL, 4096, PROT_READ, MAP_SHARED, -1, 0) != MAP_FAILED ? 0 : -1);
+    int other;
+    WORKS(other = open("mapped", O_RDONLY));
+    SHOW(mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, other, 0) != MAP_FAILED ? 0 : -1);
+    private = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE, other, 0);
+    printf("private of what may only be read %d\n", private != MAP_FAILED);
+    SHOW(munmap(private, 4096));
+    SHOW(close(other));
+    WORKS(other = open("mapped", O_WRONLY));
+    SHOW(mmap(NULL, 4096, PROT_READ, MAP_SHARED, other, 0) != MAP_FAILED ? 0 : -1);
+    SHOW(close(other));
+    WORKS(other = open(".", O_RDONLY));
+    SHOW(mmap(NULL, 4096, PROT_READ, MAP_SHARED, other, 0) != MAP_FAILED ? 0 : -1);
+    SHOW(close(other));
+    printf("-- msync, madvise, mincore\n");
+    SHOW(msync(map, 10 * 4096 + 100, MS_SYNC));
+    SHOW(msync(map, 4096, MS_ASYNC));
+    SHOW(msync(map + 1, 4096, MS_SYNC));
+    SHOW(msync(map, 4096, MS_SYNC | MS_ASYNC));
+    SHOW(msync(map, 4096, 64));
+    SHOW(madvise(map, 8 * 4096, MADV_WILLNEED));
+    SHOW(madvise(map, 8 * 4096, MADV_RANDOM));
+    SHOW(madvise(map, 8 * 4096, MADV_DONTNEED));
+    SHOW(madvise(map, 8 * 4096, 12345));
+    SHOW(madvise(map + 1, 4096, MADV_NORMAL));
+    show_bytes("after DONTNEED", map + 4096, 4);
+    SHOW(map[4096 * 2]);
+    SHOW(mincore(map + 4096, 2 * 4096, there));
+    printf("in memory %d %d\n", there[0] & 1, there[1] & 1);
+    SHOW(mincore(map, 4096, NULL));
+    SHOW(mincore(map + 1, 4096, there));
+    SHOW(mprotect(map, 4096, PROT_READ | PROT_WRITE));
+    printf("-- parts\n");
+    SHOW(munmap(map + 1, 4096));
+    SHOW(munmap(map, 0));
+    SHOW(munmap(map + 4 * 4096, 4096));
+    SHOW(munmap(map + 4 * 4096, 4096));
+    SHOW(msync(map, 8 * 4096, MS_SYNC));
+    SHOW(pwrite(fd, map + 4 * 4096 - 10, 20, 0));
+    SHOW(write(fd, map + 4 * 4096, 20));
+    memcpy(map + 5 * 4096, "after the hole", 14);
+    SHOW(munmap(map, 5 * 4096));
+    SHOW(close(fd)); /* The mapping lives on. */
+    memcpy(map + 6 * 4096, "after close", 11);
+    SHOW(munmap(map + 5 * 4096, 5 * 4096 + 100));
+    WORKS(fd = open("mapped", O_RDONLY));
+    SHOW(pread(fd, buf, 14, 5 * 4096));
+    show_bytes("read", buf, 14);
+    SHOW(pread(fd, buf, 11, 6 * 4096));
+    show_bytes("read", buf, 11);
+    SHOW(close(fd));
+    char *anonymous = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    SHOW(anonymous[5000]);
+    SHOW(madvise(anonymous, 8192, MADV_DONTNEED));
+    SHOW(munmap(anonymous, 8192));
+}
+
 static int by_name(const void *a, const void *b)
 {
     return strcmp(*(char *const *)a, *(char *const *)b);
@@ -656,6 +753,7 @@ int main(int argc, char **argv)
     attributes();
     extended_attributes();
     names();
+    mappings();
     directories();
     descriptors();
     streams();

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -127,9 +128,59 @@ static void statistics(struct pf_volume *one)
     printf("statistics\n");
 }
 
-static void fork_is_refused(struct pf_volume *one)
+static void mappings(struct pf_volume *volume)
+{
+    int capabilities = pf_volume_capabilities(volume), ends[2];
+    CHECK(capabilities >= 0);
+    if (!(capabilities & PF_CAPABILITY_MAPPINGS)) {
+        printf("mappings\n"); /* There is no userfaultfd here. */
+        return;
+    }
+    int fd = pf_open(volume, "mapped", O_RDWR | O_CREAT, 0644);
+    CHECK(fd >= 0 && pf_ftruncate(fd, 20 * 4096) == 0 && pf_pwrite(fd, "abc", 3, 4096) == 3);
+    char *map = pf_mmap(NULL, 30 * 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    CHECK(map != MAP_FAILED);
+    CHECK(pf_is_mapped(map + 100000, 1) && !pf_is_mapped(map + 30 * 4096, 1) && !pf_is_mapped(ends, 8));
+    CHECK(pf_mmap(map, 4096, PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED && errno == ENOTSUP);
+
+    /* Pinned, it is safe for the system's calls however faults are served. */
+    CHECK(pf_pin(map + 4000, 5000, 1) == 0);
+    CHECK(pipe(ends) == 0 && write(ends[1], map + 4000, 5000) == 5000);
+    CHECK(read(ends[0], map + 4000, 5000) == 5000 && memcmp(map + 4096, "abc", 3) == 0);
+    FAILS(pf_munmap(map + 10 * 4096, 4096), EBUSY);
+    FAILS(pf_unpin(map + 4000, 4999), EINVAL);
+    CHECK(pf_pin(map + 4000, 5000, 0) == 0 && pf_unpin(map + 4000, 5000) == 0);
+    CHECK(pf_unpin(map + 4000, 5000) == 0);
+    FAILS(pf_unpin(map + 4000, 5000), EINVAL);
+    FAILS(pf_pin(map + 19 * 4096, 8192, 0), EFAULT); /* Beyond the end of the file. */
+    FAILS(pf_pin(map, 30 * 4096 + 1, 0), ENOMEM);
+    FAILS(pf_pin((void *)ends, 8, 0), ENOMEM);
+    FAILS(pf_mprotect(map, 4096, PROT_READ), ENOTSUP);
+    FAILS(pf_msync(map, 31 * 4096, MS_SYNC), ENOMEM);
+
+    /* Parts: two mappings of the same file, holes in one. */
+    char *again = pf_mmap(NULL, 20 * 4096, PROT_READ, MAP_SHARED, fd, 0);
+    CHECK(again != MAP_FAILED && memcmp(again + 4096, "abc", 3) == 0);
+    CHECK(pf_munmap(map + 10 * 4096, 4096) == 0 && !pf_is_mapped(map + 10 * 4096, 4096));
+    map[9 * 4096] = 'x', map[11 * 4096] = 'y';
+    CHECK(again[9 * 4096] == 'x' && again[11 * 4096] == 'y');
+    FAILS(pf_volume_close(volume), EBUSY);
+    CHECK(pf_pin(map, 4096, 1) == 0); /* Unmapping unpins. */
+    FAILS(pf_munmap(map + 11 * 4096, 4096), EBUSY);
+    CHECK(pf_munmap(map, 10 * 4096) == 0 && pf_munmap(map, 30 * 4096) == 0);
+    CHECK(!pf_is_mapped(map, 30 * 4096) && pf_close(fd) == 0);
+    FAILS(pf_volume_close(volume), EBUSY);
+    CHECK(again[9 * 4096] == 'x' && pf_munmap(again, 20 * 4096) == 0);
+    close(ends[0]);
+    close(ends[1]);
+    printf("mappings\n");
+}
+
+static void fork_is_refused(struct pf_volume *one, const char *dir)
 {
     int fd = pf_open(one, "forked", O_RDWR | O_CREAT, 0644);
+    void *map = pf_mmap(NULL, 4096, PROT_READ, MAP_SHARED, fd, 0);
+    struct pf_dir *listing = pf_opendir(one, "/");
     CHECK(pf_write(fd, "before", 6) == 6);
     fflush(stdout);
     pid_t child = fork();
@@ -138,6 +189,11 @@ static void fork_is_refused(struct pf_volume *one)
         FAILS(pf_pread(fd, buf, 6, 0), ENOTCONN);
         FAILS(pf_open(one, "forked", O_RDONLY, 0), ENOTCONN);
         CHECK(strstr(pf_error_message(), "forked") != NULL);
+        /* What is not in a volume is the system's, here too. */
+        struct pf_location at;
+        FAILS(pf_locate(AT_FDCWD, dir, 0, &at), ENOTCONN);
+        CHECK(pf_locate(AT_FDCWD, "/proc/self", 0, &at) == 0);
+        CHECK(pf_is_mapped(map, 4096) == 0 && pf_is_dir(listing) == 1);
         exit(7); /* Runs what was registered for the end of the parent. */
     }
     int status = 0;
@@ -145,7 +201,8 @@ static void fork_is_refused(struct pf_volume *one)
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 7);
     char buf[6];
     CHECK(pf_pread(fd, buf, 6, 0) == 6 && memcmp(buf, "before", 6) == 0);
-    CHECK(pf_fsync(fd) == 0 && pf_close(fd) == 0);
+    CHECK(map == MAP_FAILED || pf_munmap(map, 4096) == 0);
+    CHECK(pf_closedir(listing) == 0 && pf_fsync(fd) == 0 && pf_close(fd) == 0);
     printf("fork\n");
 }
 
@@ -156,6 +213,7 @@ int main(int argc, char **argv)
     options(argv[1]);
     struct pf_options small = {.size = sizeof small, .memory = 1 << 20};
     struct pf_volume *one = pf_volume_open(argv[1], &small);
+    small.flags = PF_OPTION_INLINE_FAULTS;
     struct pf_volume *two = pf_volume_open(argv[2], &small);
     CHECK(one != NULL && two != NULL);
     CHECK(pf_abi_version() == PF_ABI_VERSION);
@@ -163,7 +221,9 @@ int main(int argc, char **argv)
     links(one, argv[1], argv[2]);
     locations(one, argv[1], argv[2]);
     statistics(one);
-    fork_is_refused(one);
+    mappings(one);
+    mappings(two);
+    fork_is_refused(one, argv[1]);
     CHECK(pf_volume_close(one) == 0);
     FAILS(pf_volume_close(one), EBADF);
     CHECK(pf_volume_sync(two) == 0);

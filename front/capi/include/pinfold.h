@@ -37,6 +37,16 @@
 // A page that could not be stored stays dirty for another try.
 #define PF_OPTION_RETAIN_DIRTY 4
 
+// Faults in mappings are served by the faulting thread, in a SIGBUS handler: several times cheaper, but system calls on mapped
+// memory that is not resident fail with EFAULT (pf_pin it first), and a thread that blocks SIGBUS is killed.
+#define PF_OPTION_INLINE_FAULTS 8
+
+// Files can be mapped.
+#define PF_CAPABILITY_MAPPINGS 1
+
+// System calls work on mapped memory that is not resident, unless the volume was opened with PF_OPTION_INLINE_FAULTS.
+#define PF_CAPABILITY_MAPPED_SYSTEM_CALLS 2
+
 // The version of this header.
 #define PF_ABI_VERSION 0
 
@@ -45,6 +55,16 @@ struct pf_dir;
 
 // A volume: a directory served by a page cache of this process.
 struct pf_volume;
+
+// Where a path of the process lies, for both kinds of calls.
+struct pf_location {
+  // The volume, for calls that take one; NULL if the path starts from a directory descriptor.
+  struct pf_volume *volume;
+  // The directory descriptor, for calls that take one.
+  int at;
+  // The path from there.
+  char path[PATH_MAX];
+};
 
 // Settings of a volume. Set `size` to sizeof(pf_options) and the rest to 0 for the default.
 struct pf_options {
@@ -70,16 +90,6 @@ struct pf_statistic {
   char name[56];
   // Its value now.
   uint64_t value;
-};
-
-// Where a path of the process lies, for both kinds of calls.
-struct pf_location {
-  // The volume, for calls that take one; NULL if the path starts from a directory descriptor.
-  struct pf_volume *volume;
-  // The directory descriptor, for calls that take one.
-  int at;
-  // The path from there.
-  char path[PATH_MAX];
 };
 
 #ifdef __cplusplus
@@ -181,6 +191,58 @@ ssize_t pf_pwritev2(int fd,
 
 // Moves the file position, as lseek(2), SEEK_DATA and SEEK_HOLE included.
 off_t pf_lseek(int fd, off_t offset, int whence);
+
+// Tells whether `path`, as this process would resolve it from the directory `dir_fd` names or AT_FDCWD, lies in an
+// open volume: 1 and `*location` if it does, 0 if not. With AT_SYMLINK_NOFOLLOW in `flags`, a symbolic link at the end
+// counts by where it lies. When it is first called it opens the volumes that PINFOLD_VOLUMES names (directories parted by
+// colons), each with the budget in PINFOLD_MEMORY (bytes, or with K, M, G).
+int pf_locate(int dir_fd,
+              const char *path,
+              int flags,
+              struct pf_location *location);
+
+// Maps `length` bytes of a file from `offset` on, as mmap(2): MAP_SHARED, MAP_SHARED_VALIDATE or MAP_PRIVATE; PROT_READ,
+// PROT_WRITE. `addr` is a hint and not followed; MAP_FIXED, PROT_EXEC and PROT_NONE are ENOTSUP. Returns MAP_FAILED on failure.
+void *pf_mmap(void *addr,
+              size_t length,
+              int prot,
+              int flags,
+              int fd,
+              off_t offset);
+
+// Tells whether any byte of a range of addresses is a mapping of this library: 1 or 0.
+int pf_is_mapped(const void *addr, size_t length);
+
+// Unmaps the pages of a range, whole mappings or parts, as munmap(2); addresses that are not this library's stay as they are.
+// What is pinned there is unpinned. EBUSY for a part of a mapping that has pins elsewhere.
+int pf_munmap(void *addr,
+              size_t length);
+
+// Makes stores to a range durable (MS_SYNC) or nothing at once (MS_ASYNC), as msync(2).
+int pf_msync(void *addr, size_t length, int flags);
+
+// Tells what the program is about to do with a range, as madvise(2): MADV_NORMAL, MADV_RANDOM and MADV_SEQUENTIAL, which
+// concern the whole mapping, MADV_WILLNEED, MADV_DONTNEED, MADV_COLD, MADV_PAGEOUT. MADV_DONTFORK, MADV_DODUMP and
+// MADV_DONTDUMP change nothing. Others are EINVAL.
+int pf_madvise(void *addr,
+               size_t length,
+               int advice);
+
+// Tells for each page of a range, in one byte each, whether it is in memory, as mincore(2).
+int pf_mincore(void *addr, size_t length, unsigned char *vector);
+
+// Accepts the protection a mapping has; another is ENOTSUP.
+int pf_mprotect(void *addr, size_t length, int prot);
+
+// Brings a range that lies in one mapping into memory and keeps it there, mapped, until pf_unpin: system calls and devices
+// may use it, and no access waits or gets SIGBUS. With `for_writing` it may be stored to. EFAULT beyond the file's end; ENOMEM
+// when a quarter of the volume's budget is pinned already.
+int pf_pin(void *addr,
+           size_t length,
+           int for_writing);
+
+// Ends the latest pf_pin of the same address and length; EINVAL if there is none.
+int pf_unpin(void *addr, size_t length);
 
 // Reads attributes, live size and times included, as fstat(2).
 int pf_fstat(int fd, struct stat *buf);
@@ -361,19 +423,13 @@ int pf_volume_set_default(struct pf_volume *volume);
 // Writes everything back and makes it durable, as syncfs(2).
 int pf_volume_sync(struct pf_volume *volume);
 
+// Tells what this system lets the volume do: PF_CAPABILITY_ bits.
+int pf_volume_capabilities(struct pf_volume *volume);
+
 // Fills at most `count` elements of `rows` with what happened in the volume so far; returns how many there are in all.
 ssize_t pf_volume_statistics(struct pf_volume *volume,
                              struct pf_statistic *rows,
                              size_t count);
-
-// Tells whether `path`, as this process would resolve it from the directory `dir_fd` names or AT_FDCWD, lies in an
-// open volume: 1 and `*location` if it does, 0 if not. With AT_SYMLINK_NOFOLLOW in `flags`, a symbolic link at the end
-// counts by where it lies. When it is first called it opens the volumes that PINFOLD_VOLUMES names (directories parted by
-// colons), each with the budget in PINFOLD_MEMORY (bytes, or with K, M, G).
-int pf_locate(int dir_fd,
-              const char *path,
-              int flags,
-              struct pf_location *location);
 
 // Returns a number that stands for the volume's root directory in calls that take a directory descriptor, until the volume
 // is closed. It is no descriptor: nothing else takes it, and it need not be closed.

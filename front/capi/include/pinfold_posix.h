@@ -599,6 +599,68 @@ PF_POSIX void pf_posix_rewinddir(DIR *dir)
         rewinddir(dir);
 }
 
+/* -- Mappings ------------------------------------------------------------------------------------------------------ */
+
+PF_POSIX void *pf_posix_mmap(void *addr, size_t length, int prot, int flags, int fd, off_t offset)
+{
+    return !(flags & MAP_ANONYMOUS) && pf_is_descriptor(fd)
+        ? pf_mmap(addr, length, prot, flags, fd, offset)
+        : mmap(addr, length, prot, flags, fd, offset);
+}
+
+PF_POSIX int pf_posix_munmap(void *addr, size_t length)
+{
+    return pf_is_mapped(addr, length) ? pf_munmap(addr, length) : munmap(addr, length);
+}
+
+PF_POSIX int pf_posix_msync(void *addr, size_t length, int flags)
+{
+    return pf_is_mapped(addr, length) ? pf_msync(addr, length, flags) : msync(addr, length, flags);
+}
+
+PF_POSIX int pf_posix_madvise(void *addr, size_t length, int advice)
+{
+    return pf_is_mapped(addr, length) ? pf_madvise(addr, length, advice)
+                                      : madvise(addr, length, advice);
+}
+
+PF_POSIX int pf_posix_posix_madvise(void *addr, size_t length, int advice)
+{
+    if (!pf_is_mapped(addr, length))
+        return posix_madvise(addr, length, advice);
+    int before = errno;
+    /* As libc: POSIX's DONTNEED throws nothing away, and the other numbers are the same. */
+    int failed = advice == POSIX_MADV_DONTNEED ? 0 : pf_madvise(addr, length, advice);
+    int number = failed ? errno : 0;
+    errno = before;
+    return number;
+}
+
+PF_POSIX int pf_posix_mincore(void *addr, size_t length, unsigned char *vector)
+{
+    return pf_is_mapped(addr, length) ? pf_mincore(addr, length, vector)
+                                      : mincore(addr, length, vector);
+}
+
+PF_POSIX int pf_posix_mprotect(void *addr, size_t length, int prot)
+{
+    return pf_is_mapped(addr, length) ? pf_mprotect(addr, length, prot)
+                                      : mprotect(addr, length, prot);
+}
+
+PF_POSIX void *pf_posix_mremap(void *addr, size_t old_length, size_t new_length, int flags, ...)
+{
+    va_list arguments;
+    va_start(arguments, flags);
+    void *wanted = (flags & MREMAP_FIXED) ? va_arg(arguments, void *) : NULL;
+    va_end(arguments);
+    if (pf_is_mapped(addr, old_length)) {
+        errno = ENOTSUP;
+        return MAP_FAILED;
+    }
+    return mremap(addr, old_length, new_length, flags, wanted);
+}
+
 /* -- Streams ------------------------------------------------------------------------------------------------------- */
 
 /* A stream over a descriptor: libc's own, whose buffer is filled and emptied by Pinfold. The cookie is the number. */
@@ -712,14 +774,22 @@ PF_POSIX FILE *pf_posix_fopen(const char *path, const char *mode)
 #define lseek pf_posix_lseek
 #define lsetxattr pf_posix_lsetxattr
 #define lstat pf_posix_lstat
+#define madvise pf_posix_madvise
+#define mincore pf_posix_mincore
 #define mkdir pf_posix_mkdir
 #define mkdirat pf_posix_mkdirat
 #define mkstemp pf_posix_mkstemp
+#define mmap pf_posix_mmap
+#define mprotect pf_posix_mprotect
+#define mremap pf_posix_mremap
+#define msync pf_posix_msync
+#define munmap pf_posix_munmap
 #define open pf_posix_open
 #define openat pf_posix_openat
 #define opendir pf_posix_opendir
 #define posix_fadvise pf_posix_posix_fadvise
 #define posix_fallocate pf_posix_posix_fallocate
+#define posix_madvise pf_posix_posix_madvise
 #define pread pf_posix_pread
 #define preadv pf_posix_preadv
 #define preadv2 pf_posix_preadv2
@@ -758,6 +828,7 @@ PF_POSIX FILE *pf_posix_fopen(const char *path, const char *mode)
 #define fopen64 pf_posix_fopen
 #define ftruncate64 pf_posix_ftruncate
 #define lseek64 pf_posix_lseek
+#define mmap64 pf_posix_mmap
 #define open64 pf_posix_open
 #define openat64 pf_posix_openat
 #define pread64 pf_posix_pread

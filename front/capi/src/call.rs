@@ -33,6 +33,14 @@ impl<T> Answer for *mut T {
 
 /// Runs a call: errno is set if it fails and stays as it was if it does not.
 pub(crate) fn answer<T: Answer>(work: impl FnOnce() -> Outcome<T>) -> T {
+    answer_in_child_too(|| {
+        fork::check()?;
+        work()
+    })
+}
+
+/// As [`answer`], for a call that a forked child may make: it must wait for nothing that a lost thread may hold.
+pub(crate) fn answer_in_child_too<T: Answer>(work: impl FnOnce() -> Outcome<T>) -> T {
     let before = errno();
     match outcome_of(work) {
         Ok(value) => {
@@ -51,7 +59,10 @@ pub(crate) fn answer<T: Answer>(work: impl FnOnce() -> Outcome<T>) -> T {
 /// Runs a call that returns its error number and leaves errno alone, as posix_fallocate does.
 pub(crate) fn answer_number(work: impl FnOnce() -> Outcome<()>) -> c_int {
     let before = errno();
-    let number = match outcome_of(work) {
+    let number = match outcome_of(|| {
+        fork::check()?;
+        work()
+    }) {
         Ok(()) => 0,
         Err(failure) => {
             let number = failure.errno();
@@ -64,7 +75,6 @@ pub(crate) fn answer_number(work: impl FnOnce() -> Outcome<()>) -> c_int {
 }
 
 fn outcome_of<T>(work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
-    fork::check()?;
     // What a panic leaves behind is the engine's, whose guards undo themselves while unwinding.
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         Err(Failure::Other(

@@ -14,6 +14,7 @@ use pinfold::{DirEntry, Directory, Errno, Kind};
 use crate::call::answer;
 use crate::descriptor::{self, Description, Opened};
 use crate::errors::{Outcome, refuse};
+use crate::fork;
 use crate::names::Named;
 use crate::volume::VolumeHandle;
 use crate::walk::Place;
@@ -167,7 +168,8 @@ pub extern "C" fn pf_fdopendir(fd: c_int) -> *mut DirHandle {
 /// Tells whether a pointer is a directory this library is reading: 1 or 0. The pointer is not followed.
 #[unsafe(no_mangle)]
 pub extern "C" fn pf_is_dir(dir: *mut DirHandle) -> c_int {
-    c_int::from(STREAMS.read().contains_key(&dir.addr()))
+    let streams = fork::read(&STREAMS);
+    c_int::from(streams.is_ok_and(|streams| streams.contains_key(&dir.addr())))
 }
 
 /// Returns the next entry, `.` and `..` included, good until the next call on this directory; NULL at the end, and with

@@ -3,6 +3,7 @@
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use parking_lot::{RwLock, RwLockReadGuard};
 use pinfold::Errno;
 
 use crate::errors::{Outcome, refuse};
@@ -21,13 +22,36 @@ pub(crate) fn watch() {
     });
 }
 
-/// Refuses in a child of the process that opened the volumes.
+/// Tells whether this is a child of the process that opened the volumes.
+pub(crate) fn in_child() -> bool {
+    IN_CHILD.load(Ordering::Relaxed)
+}
+
+/// Locks a table for reading.
+///
+/// # Errors
+/// As [`check`], in a forked child, if a thread that is not there any more was changing the table.
+pub(crate) fn read<T>(table: &RwLock<T>) -> Outcome<RwLockReadGuard<'_, T>> {
+    if in_child() {
+        return match table.try_read() {
+            Some(guard) => Ok(guard),
+            None => refused(),
+        };
+    }
+    Ok(table.read())
+}
+
+/// Refuses in/// Refuses in a child of the process that opened the volumes.
 pub(crate) fn check() -> Outcome<()> {
-    if IN_CHILD.load(Ordering::Relaxed) {
-        return refuse(
-            Errno::ENOTCONN,
-            "this process was forked from one that serves volumes, and has no engine",
-        );
+    if in_child() {
+        return refused();
     }
     Ok(())
+}
+
+fn refused<T>() -> Outcome<T> {
+    refuse(
+        Errno::ENOTCONN,
+        "this process was forked from one that serves volumes, and has no engine",
+    )
 }

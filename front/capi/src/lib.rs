@@ -22,6 +22,8 @@ mod directory;
 mod errors;
 mod fork;
 mod io;
+mod locate;
+mod mapping;
 mod metadata;
 mod names;
 mod open;

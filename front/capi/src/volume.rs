@@ -1,20 +1,18 @@
-//! Volumes: the handles C holds, their settings, and which of them a path of the process lies in.
+//! Volumes: the handles C holds, and their settings.
 //!
 //! *Locking*: one lock over the table, held for look-ups and changes alone; opening, closing and resolving run outside.
 
 use std::collections::BTreeMap;
-use std::ffi::{OsStr, c_char, c_int, c_uint};
-use std::mem::offset_of;
-use std::os::unix::ffi::OsStrExt;
+use std::ffi::{c_char, c_int, c_uint};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::RwLock;
-use pinfold::{Errno, Volume};
+use pinfold::{Errno, Privilege, Volume};
 
 use crate::call::answer;
-use crate::descriptor::{PF_DESCRIPTOR_FIRST, PF_DESCRIPTORS_MAX, pf_is_descriptor};
+use crate::descriptor::{PF_DESCRIPTOR_FIRST, PF_DESCRIPTORS_MAX};
 use crate::errors::{Failure, Outcome, refuse};
 use crate::{fork, user};
 
@@ -47,15 +45,41 @@ pub struct Options {
 // SAFETY: integers.
 unsafe impl user::Plain for Options {}
 
+impl Options {
+    /// The default, with a budget in bytes.
+    pub(crate) fn with_memory(memory: u64) -> Self {
+        Self {
+            size: size_of::<Self>(),
+            memory,
+            dirty_limit: 0,
+            background_interval_ms: 0,
+            dirty_age_ms: 0,
+            flags: 0,
+            reserved: 0,
+        }
+    }
+}
+
 /// Transfers run in threads instead of io_uring: for tools that cannot follow a ring.
 pub const PF_OPTION_NO_IO_URING: u32 = 1;
 /// Writes do not obey RLIMIT_FSIZE.
 pub const PF_OPTION_NO_FILE_SIZE_LIMIT: u32 = 2;
 /// A page that could not be stored stays dirty for another try.
 pub const PF_OPTION_RETAIN_DIRTY: u32 = 4;
+/// Faults in mappings are served by the faulting thread, in a SIGBUS handler: several times cheaper, but system calls on mapped
+/// memory that is not resident fail with EFAULT (pf_pin it first), and a thread that blocks SIGBUS is killed.
+pub const PF_OPTION_INLINE_FAULTS: u32 = 8;
 
-const FLAGS_KNOWN: u32 =
-    PF_OPTION_NO_IO_URING | PF_OPTION_NO_FILE_SIZE_LIMIT | PF_OPTION_RETAIN_DIRTY;
+const FLAGS_KNOWN: u32 = PF_OPTION_NO_IO_URING
+    | PF_OPTION_NO_FILE_SIZE_LIMIT
+    | PF_OPTION_RETAIN_DIRTY
+    | PF_OPTION_INLINE_FAULTS;
+
+/// Files can be mapped.
+pub const PF_CAPABILITY_MAPPINGS: c_int = 1;
+/// System calls work on mapped memory that is not resident, unless the volume was opened with PF_OPTION_INLINE_FAULTS.
+pub const PF_CAPABILITY_MAPPED_SYSTEM_CALLS: c_int = 2;
+
 /// The largest pf_options of any version to come.
 const OPTIONS_SIZE_MAX: usize = 4096;
 /// Volumes in one process at most.
@@ -80,6 +104,7 @@ pub(crate) struct Served {
     volume: Volume,
     /// Which of the numbers for roots stands for its root.
     slot: c_int,
+    inline_faults: bool,
     /// Where it lies in the process's own name space, without symbolic links.
     path: PathBuf,
 }
@@ -87,6 +112,11 @@ pub(crate) struct Served {
 impl Served {
     pub(crate) fn volume(&self) -> &Volume {
         &self.volume
+    }
+
+    /// Tells whether the faulting thread serves faults in mappings.
+    pub(crate) fn inline_faults(&self) -> bool {
+        self.inline_faults
     }
 
     fn root_number(&self) -> c_int {
@@ -103,14 +133,11 @@ struct Volumes {
     /// By the address that C knows; never followed, so that a stale one does no harm.
     served: BTreeMap<usize, Arc<Served>>,
     default: Option<usize>,
-    /// What the environment asked for and could not be opened: using it past the cache could mix old bytes with new.
-    refused: Vec<(PathBuf, Errno, String)>,
 }
 
 static VOLUMES: RwLock<Volumes> = RwLock::new(Volumes {
     served: BTreeMap::new(),
     default: None,
-    refused: Vec::new(),
 });
 
 /// Looks a handle up; NULL means the default volume.
@@ -129,6 +156,24 @@ pub(crate) fn of(handle: *const VolumeHandle) -> Outcome<Arc<Served>> {
     }
 }
 
+/// Tells whether any volume is open.
+pub(crate) fn any() -> Outcome<bool> {
+    Ok(!fork::read(&VOLUMES)?.served.is_empty())
+}
+
+/// Finds the innermost open volume around a resolved path: its handle, its root's number, and the path from there.
+pub(crate) fn around(real: &Path) -> Outcome<Option<(*mut VolumeHandle, c_int, PathBuf)>> {
+    let volumes = fork::read(&VOLUMES)?;
+    let inside = |served| -> Option<(&Arc<Served>, &Path)> {
+        let served: &Arc<Served> = served;
+        Some((served, real.strip_prefix(&served.path).ok()?))
+    };
+    let around = volumes.served.values().filter_map(inside);
+    let innermost = around.min_by_key(|(_, inside)| inside.as_os_str().len());
+    Ok(innermost
+        .map(|(served, inside)| (handle_of(served), served.root_number(), inside.to_owned())))
+}
+
 /// Opens `path`, an existing directory, as a volume; NULL for `options` means the default. The first volume opened
 /// becomes the default one. Fails with EBUSY if it, or a directory above or below it, is served already, by this process
 /// or another.
@@ -144,15 +189,7 @@ pub unsafe extern "C" fn pf_volume_open(
         // SAFETY: passed on to the caller.
         let path = unsafe { user::path(path) }?;
         let options = match options.is_null() {
-            true => Options {
-                size: size_of::<Options>(),
-                memory: 0,
-                dirty_limit: 0,
-                background_interval_ms: 0,
-                dirty_age_ms: 0,
-                flags: 0,
-                reserved: 0,
-            },
+            true => Options::with_memory(0),
             // SAFETY: passed on to the caller.
             false => unsafe { options_of(options) }?,
         };
@@ -195,12 +232,9 @@ unsafe fn options_of(from: *const Options) -> Outcome<Options> {
     Ok(options)
 }
 
-fn open(path: &Path, options: &Options) -> Outcome<*mut VolumeHandle> {
+pub(crate) fn open(path: &Path, options: &Options) -> Outcome<*mut VolumeHandle> {
     fork::watch();
-    let real = std::fs::canonicalize(path).map_err(|error| {
-        let words = format!("cannot serve directory {}: {error}", path.display());
-        Failure::Other(Errno::from(&error), words)
-    })?;
+    let real = std::fs::canonicalize(path).map_err(|error| unusable(path, &error))?;
     let has = |flag| options.flags & flag != 0;
     let mut builder = Volume::builder()
         .io_uring(!has(PF_OPTION_NO_IO_URING))
@@ -229,12 +263,18 @@ fn open(path: &Path, options: &Options) -> Outcome<*mut VolumeHandle> {
     let served = Arc::new(Served {
         volume,
         slot,
+        inline_faults: has(PF_OPTION_INLINE_FAULTS),
         path: real,
     });
     let handle = handle_of(&served);
     volumes.served.insert(handle.addr(), served);
     volumes.default.get_or_insert(handle.addr());
     Ok(handle)
+}
+
+pub(crate) fn unusable(path: &Path, error: &std::io::Error) -> Failure {
+    let words = format!("cannot serve directory {}: {error}", path.display());
+    Failure::Other(Errno::from(error), words)
 }
 
 fn handle_of(served: &Arc<Served>) -> *mut VolumeHandle {
@@ -287,6 +327,20 @@ pub extern "C" fn pf_volume_sync(volume: *mut VolumeHandle) -> c_int {
     })
 }
 
+/// Tells what this system lets the volume do: PF_CAPABILITY_ bits.
+#[unsafe(no_mangle)]
+pub extern "C" fn pf_volume_capabilities(volume: *mut VolumeHandle) -> c_int {
+    answer(|| {
+        Ok(match of(volume)?.volume.capabilities().mappings {
+            Ok(Privilege::Device | Privilege::Full) => {
+                PF_CAPABILITY_MAPPINGS | PF_CAPABILITY_MAPPED_SYSTEM_CALLS
+            }
+            Ok(Privilege::UserModeOnly) => PF_CAPABILITY_MAPPINGS,
+            Err(_) => 0,
+        })
+    })
+}
+
 /// Fills at most `count` elements of `rows` with what happened in the volume so far; returns how many there are in all.
 ///
 /// # Safety
@@ -317,71 +371,6 @@ pub unsafe extern "C" fn pf_volume_statistics(
     })
 }
 
-/// Where a path of the process lies, for both kinds of calls.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct Location {
-    /// The volume, for calls that take one; NULL if the path starts from a directory descriptor.
-    pub volume: *mut VolumeHandle,
-    /// The directory descriptor, for calls that take one.
-    pub at: c_int,
-    /// The path from there.
-    pub path: [c_char; user::PATH_MAX],
-}
-
-/// Tells whether `path`, as this process would resolve it from the directory `dir_fd` names or AT_FDCWD, lies in an
-/// open volume: 1 and `*location` if it does, 0 if not. With AT_SYMLINK_NOFOLLOW in `flags`, a symbolic link at the end
-/// counts by where it lies. When it is first called it opens the volumes that PINFOLD_VOLUMES names (directories parted by
-/// colons), each with the budget in PINFOLD_MEMORY (bytes, or with K, M, G).
-///
-/// # Safety
-/// The pointers are the caller's to lend.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn pf_locate(
-    dir_fd: c_int,
-    path: *const c_char,
-    flags: c_int,
-    location: *mut Location,
-) -> c_int {
-    answer(|| {
-        open_from_environment();
-        // SAFETY: passed on to the caller.
-        let mut path = unsafe { user::path(path) }?;
-        let mut found = None;
-        if path.is_relative() && dir_fd != libc::AT_FDCWD {
-            if pf_is_descriptor(dir_fd) != 0 {
-                found = Some((std::ptr::null_mut(), dir_fd, std::mem::take(&mut path)));
-            } else {
-                path = PathBuf::from(format!("/proc/self/fd/{dir_fd}")).join(path);
-            }
-        }
-        if found.is_none() {
-            found = locate(&path, flags & libc::AT_SYMLINK_NOFOLLOW == 0)?;
-        }
-        let Some((volume, at, path)) = found else {
-            return Ok(0);
-        };
-        let mut text = path.into_os_string().into_encoded_bytes();
-        text.push(0);
-        if text.len() > user::PATH_MAX {
-            return refuse(Errno::ENAMETOOLONG, "the path inside the volume");
-        }
-        let field = |offset: usize| location.addr().wrapping_add(offset);
-        // SAFETY: passed on to the caller.
-        unsafe {
-            user::write_bytes(
-                field(offset_of!(Location, volume)),
-                &mut volume.addr().to_ne_bytes(),
-            )
-        }?;
-        // SAFETY: passed on to the caller.
-        unsafe { user::write_bytes(field(offset_of!(Location, at)), &mut at.to_ne_bytes()) }?;
-        // SAFETY: passed on to the caller.
-        unsafe { user::write_bytes(field(offset_of!(Location, path)), &mut text) }?;
-        Ok(1)
-    })
-}
-
 /// Returns a number that stands for the volume's root directory in calls that take a directory descriptor, until the volume
 /// is closed. It is no descriptor: nothing else takes it, and it need not be closed.
 #[unsafe(no_mangle)]
@@ -396,140 +385,6 @@ pub(crate) fn by_root(number: c_int) -> Option<Arc<Served>> {
     all.find(|served| served.root_number() == number).cloned()
 }
 
-/// Finds the volume a path of the process lies in, and the path from its root.
-fn locate(path: &Path, follow: bool) -> Outcome<Option<(*mut VolumeHandle, c_int, PathBuf)>> {
-    {
-        let volumes = VOLUMES.read();
-        if volumes.served.is_empty() && volumes.refused.is_empty() {
-            return Ok(None);
-        }
-    }
-    // The kernel's word is what the names mean: ours are the same inodes. What it cannot resolve, its own call refuses.
-    let Some(real) = real_path(path, follow) else {
-        return Ok(None);
-    };
-    let volumes = VOLUMES.read();
-    for (refused, errno, words) in &volumes.refused {
-        if real.starts_with(refused) {
-            return Err(Failure::Other(*errno, words.clone()));
-        }
-    }
-    let found = volumes
-        .served
-        .values()
-        .filter_map(|served| Some((served, real.strip_prefix(&served.path).ok()?)))
-        .min_by_key(|(_, inside)| inside.as_os_str().len());
-    Ok(found.map(|(served, inside)| {
-        let mut place = PathBuf::from("/").join(inside).into_os_string();
-        // Components are what paths here are made of: what follows the last one has to be put back.
-        if real.as_os_str().as_bytes().ends_with(b"/.") {
-            place.push("/.");
-        } else if path.as_os_str().as_bytes().ends_with(b"/") {
-            place.push("/");
-        }
-        (handle_of(served), served.root_number(), place.into())
-    }))
-}
-
-/// Resolves a path by the kernel, except a last component that does not exist or is not to be followed.
-fn real_path(path: &Path, follow: bool) -> Option<PathBuf> {
-    if follow && let Ok(real) = std::fs::canonicalize(path) {
-        return Some(real);
-    }
-    let (dir, name) = split(path);
-    if matches!(name.as_bytes(), b"" | b"." | b"..") {
-        let real = std::fs::canonicalize(path).ok()?;
-        // Calls that make or remove a name refuse such an end, each in its way.
-        return Some(if name.is_empty() {
-            real
-        } else {
-            with_dot(real)
-        });
-    }
-    Some(std::fs::canonicalize(dir).ok()?.join(name))
-}
-
-/// Parts the last component from the rest; `.` stays one.
-fn split(path: &Path) -> (&Path, &OsStr) {
-    let bytes = path.as_os_str().as_bytes();
-    let end = bytes.iter().rposition(|&byte| byte != b'/');
-    let whole = &bytes[..end.map_or(0, |end| end + 1)];
-    let slash = whole.iter().rposition(|&byte| byte == b'/');
-    let at = slash.map_or(0, |slash| slash + 1);
-    let dir = match &whole[..at] {
-        b"" if bytes.starts_with(b"/") => b"/",
-        b"" => b"." as &[u8],
-        dir => dir,
-    };
-    (
-        Path::new(OsStr::from_bytes(dir)),
-        OsStr::from_bytes(&whole[at..]),
-    )
-}
-
-fn with_dot(path: PathBuf) -> PathBuf {
-    let mut text = path.into_os_string();
-    text.push("/.");
-    text.into()
-}
-
-/// Opens the volumes that the environment names: so that a program that knows nothing of volumes can use them.
-fn open_from_environment() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        let Some(dirs) = std::env::var_os("PINFOLD_VOLUMES") else {
-            return;
-        };
-        let memory = std::env::var("PINFOLD_MEMORY").unwrap_or_default();
-        for dir in std::env::split_paths(&dirs).filter(|dir| !dir.as_os_str().is_empty()) {
-            let opened = match size(&memory) {
-                Some(memory) => open(
-                    &dir,
-                    &Options {
-                        size: size_of::<Options>(),
-                        memory,
-                        dirty_limit: 0,
-                        background_interval_ms: 0,
-                        dirty_age_ms: 0,
-                        flags: 0,
-                        reserved: 0,
-                    },
-                ),
-                None => Err(Failure::Other(
-                    Errno::EINVAL,
-                    format!("PINFOLD_MEMORY is not a size: {memory}"),
-                )),
-            };
-            if let Err(failure) = opened {
-                // Nobody called who could be told; path calls below the directory will fail with the same words.
-                eprintln!("pinfold: {failure}");
-                let real = std::fs::canonicalize(&dir).unwrap_or(dir);
-                let mut volumes = VOLUMES.write();
-                volumes
-                    .refused
-                    .push((real, failure.errno(), failure.to_string()));
-            }
-        }
-    });
-}
-
-/// Reads a number of bytes with an optional K, M or G; nothing means 0.
-fn size(text: &str) -> Option<u64> {
-    let text = text.trim();
-    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
-    let shift = match &text[digits.len()..] {
-        "" => 0,
-        "K" | "KiB" => 10,
-        "M" | "MiB" => 20,
-        "G" | "GiB" => 30,
-        _ => return None,
-    };
-    if text.is_empty() {
-        return Some(0);
-    }
-    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
-}
-
 /// Returns the version of this interface: programs built against the same number work with the library.
 #[unsafe(no_mangle)]
 pub extern "C" fn pf_abi_version() -> c_uint {
@@ -538,48 +393,3 @@ pub extern "C" fn pf_abi_version() -> c_uint {
 
 /// The version of this header.
 pub const PF_ABI_VERSION: u32 = 0;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_read_with_their_units() {
-        assert_eq!(size(""), Some(0));
-        assert_eq!(size("4096"), Some(4096));
-        assert_eq!(size("64M"), Some(64 << 20));
-        assert_eq!(size("1GiB"), Some(1 << 30));
-        assert_eq!(size("M"), None);
-        assert_eq!(size("1T"), None);
-        assert_eq!(size("99999999999G"), None);
-    }
-
-    #[test]
-    fn the_last_component_need_not_exist_and_is_followed_only_if_asked() {
-        let scratch = tempfile::tempdir().unwrap();
-        let dir = scratch.path().canonicalize().unwrap();
-        std::os::unix::fs::symlink("target", dir.join("link")).unwrap();
-        std::fs::write(dir.join("target"), b"").unwrap();
-        let link = dir.join("link");
-        assert_eq!(real_path(&link, true), Some(dir.join("target")));
-        assert_eq!(real_path(&link, false), Some(link));
-        assert_eq!(real_path(&dir.join("new"), true), Some(dir.join("new")));
-        assert_eq!(real_path(&dir.join("no/new"), true), None);
-        assert_eq!(real_path(&dir.join("./x/.."), true), None);
-        let dotted = real_path(&dir.join("."), false).unwrap();
-        assert_eq!(dotted.as_os_str(), dir.join(".").as_os_str());
-    }
-
-    #[test]
-    fn the_last_component_is_parted_from_the_rest() {
-        let parted = |path| {
-            let (dir, name) = split(Path::new(path));
-            (dir.to_str().unwrap(), name.to_str().unwrap())
-        };
-        assert_eq!(parted("a"), (".", "a"));
-        assert_eq!(parted("a/b//"), ("a/", "b"));
-        assert_eq!(parted("/a"), ("/", "a"));
-        assert_eq!(parted("//"), ("/", ""));
-        assert_eq!(parted("a/."), ("a/", "."));
-    }
-}

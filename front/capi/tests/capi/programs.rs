@@ -121,7 +121,7 @@ fn the_example_of_the_readme_works() {
 }
 
 #[test]
-fn a_forked_child_is_refused_and_its_parent_goes_on() {
+fn volumes_handles_pins_and_forks_are_as_the_header_says() {
     if no_compiler() {
         return;
     }
@@ -134,7 +134,7 @@ fn a_forked_child_is_refused_and_its_parent_goes_on() {
     std::fs::create_dir(&one).unwrap();
     std::fs::create_dir(&two).unwrap();
     let output = run(&program, &[one.as_os_str(), two.as_os_str()], &root, &[]);
-    let expected = "options\nhandles\nlinks\nlocations\nstatistics\nfork\n";
+    let expected = "options\nhandles\nlinks\nlocations\nstatistics\nmappings\nmappings\nfork\n";
     assert_eq!(text(&output), expected);
     assert_eq!(std::fs::read(two.join("of two")).unwrap(), b"x");
 }
@@ -184,4 +184,52 @@ fn threads_share_the_descriptors_and_leave_none() {
     std::fs::create_dir(&dir).unwrap();
     let output = run(&program, &[dir.as_os_str()], scratch.path(), &[]);
     assert_eq!(text(&output), "threads\n");
+}
+
+#[test]
+fn a_program_that_knows_nothing_of_it_passes_its_own_tests() {
+    if no_compiler() {
+        return;
+    }
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tinycdb");
+    let sources: Vec<PathBuf> = std::fs::read_dir(&from)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension() == Some(OsStr::new("c")))
+        .collect();
+    let scratch = tempfile::tempdir().unwrap();
+    let program = scratch.path().join("cdb");
+    compile(&program, &sources, Against::Posix, &["-w"]);
+    let dir = scratch.path().join("data");
+    std::fs::create_dir(&dir).unwrap();
+    // Two of its steps pipe one process into another, both at work on the directory: a volume has one process at a time.
+    let steps = std::fs::read_to_string(from.join("tests.sh")).unwrap();
+    let steps = steps
+        .replace(
+            "1.cdb | $cdb -c 1a",
+            "1.cdb > dump; $cdb -c 1a.cdb < dump #",
+        )
+        .replace(
+            "1.cdb | $cdb -c -m 1a",
+            "1.cdb > dump; $cdb -c -m 1a.cdb < dump #",
+        );
+    assert_eq!(steps.matches("> dump").count(), 2);
+    let script = scratch.path().join("tests.sh");
+    std::fs::write(&script, steps).unwrap();
+    // As its own `make check`: both streams in one.
+    let both = OsStr::new("sh \"$0\" \"$1\" 2>&1");
+    let args = [
+        OsStr::new("-c"),
+        both,
+        script.as_os_str(),
+        program.as_os_str(),
+    ];
+    let env = [
+        ("PINFOLD_VOLUMES", dir.as_os_str()),
+        ("PINFOLD_MEMORY", OsStr::new("1M")),
+        ("LC_ALL", OsStr::new("C")),
+    ];
+    let output = run(Path::new("/bin/sh"), &args, &dir, &env);
+    let expected = std::fs::read_to_string(from.join("tests.ok")).unwrap();
+    assert_same(&expected, &text(&output));
 }
