@@ -223,6 +223,9 @@ fn truncation_takes_pages_out_of_mappings_and_growth_shows_zeros() {
             assert_eq!(program.load(4, 300), 0);
             program.store(4, 300, 78);
             file.zero_past_end(file.end());
+            let faults = program.faults();
+            program.store(4, 50, 80);
+            assert!(program.faults() > faults, "stores go on while it is zeroed");
             file.set_end(PAGES * PAGE as u64);
             assert_eq!((program.load(3, 300), program.load(4, 300)), (77, 0));
             for page in 5..PAGES {

@@ -6,6 +6,7 @@
 )]
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
@@ -26,6 +27,7 @@ struct Inner {
     file: Arc<FilePages>,
     uffd: Uffd,
     map: OnceLock<UserMap>,
+    faults: AtomicU64,
 }
 
 impl Program {
@@ -42,6 +44,7 @@ impl Program {
             file: Arc::clone(file),
             uffd,
             map: OnceLock::new(),
+            faults: AtomicU64::new(0),
         });
         let reverse = Arc::new(Reverse(Arc::downgrade(&inner)));
         let window = file.open_window(pages, reverse).unwrap();
@@ -89,6 +92,11 @@ impl Program {
         unsafe { addr.write_volatile(word.to_le()) };
     }
 
+    /// Returns how many faults were taken so far.
+    pub fn faults(&self) -> u64 {
+        self.inner.faults.load(Ordering::Relaxed)
+    }
+
     /// Returns from the first to after the last page that is mapped.
     pub fn mapped(&self) -> Range<u64> {
         let map = self.inner.map();
@@ -129,6 +137,7 @@ impl Inner {
                 return;
             }
             for event in &events[..count] {
+                self.faults.fetch_add(1, Ordering::Relaxed);
                 let page = self.map().page_at(event.addr).unwrap();
                 let around = page.saturating_sub(8)..page + 8;
                 // A program would get SIGBUS; this one waits until the file is longer again.
