@@ -9,10 +9,13 @@
 
 use std::fmt;
 
-use pinfold::{Direction, IovCursor, RawSpan};
+use pinfold::{Direction, Error, ErrorKind, IovCursor, RawSpan, faultin};
 use pyo3::exceptions::PyTypeError;
 use pyo3::ffi;
 use pyo3::prelude::*;
+
+/// Times in a row that memory is brought in for a copy that then finds it gone again.
+const BRING_IN_MAX: u32 = 64;
 
 /// An object's memory. While this lives the object can neither move nor free it: a bytearray refuses to be resized, a
 /// mapping to be closed.
@@ -76,6 +79,35 @@ impl Lent {
             // Never negative: an object's size.
             len: usize::try_from(self.view.len).unwrap_or(0),
         }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.span().len
+    }
+
+    /// Copies the memory's first bytes into a buffer of our own, waiting for what is not there.
+    ///
+    /// # Errors
+    /// `EFAULT` where memory is not accessible: a mapping of a file that was cut off.
+    pub(crate) fn copy_out(&self, into: &mut [u8]) -> pinfold::Result<()> {
+        let mut cursor = self.cursor();
+        cursor.truncate(into.len());
+        let mut done = 0;
+        let mut tries = 0;
+        while done < into.len() {
+            let copied = cursor.copy_slice_nofault(&mut into[done..]);
+            // At most what is left of `into`.
+            done += copied.done as usize;
+            if copied.stop.is_none() {
+                break;
+            }
+            tries = if copied.done > 0 { 0 } else { tries + 1 };
+            let missing = faultin::fault_in_cursor(&cursor, 1);
+            if missing > 0 || tries > BRING_IN_MAX {
+                return Err(Error::new("read a buffer", ErrorKind::BadBuffer));
+            }
+        }
+        Ok(())
     }
 
     /// Returns a cursor over the memory; it lives no longer than the loan.

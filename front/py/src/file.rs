@@ -8,6 +8,7 @@ use pinfold::{
     AlignedBuf, AllocateMode, CALL_BYTES_MAX, Errno, Error, IoOptions, IovCursor, PAGE_SIZE,
     Process, Progress, Seek,
 };
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -15,6 +16,7 @@ use crate::buffer::Lent;
 use crate::bytes::Blank;
 use crate::error::{closed, os_error, raise, unsupported};
 use crate::forked;
+use crate::mapping::{Asked, Mapping};
 
 /// What a line's first look takes in; later ones double, up to [`LINE_STEP_MAX`].
 const LINE_STEP: usize = 256;
@@ -446,6 +448,37 @@ impl File {
         let open = self.for_writing(py)?;
         let range = self.range(py, offset, length)?;
         self.run(py, open, |file| file.punch(range))
+    }
+
+    #[pyo3(signature = (offset, length, access, delivery, advice))]
+    fn map(
+        &self,
+        py: Python<'_>,
+        offset: i64,
+        length: Option<i64>,
+        access: &str,
+        delivery: &str,
+        advice: &str,
+    ) -> PyResult<Mapping> {
+        let asked = Asked::parse(access, delivery, advice)?;
+        let open = self.open()?;
+        let start = self.offset(py, offset)?;
+        let size = open.file.len();
+        let end = match length {
+            Some(length) => self.range(py, offset, length)?.end,
+            None => size,
+        };
+        if start >= end {
+            return Err(PyValueError::new_err("cannot map an empty range"));
+        }
+        if end > size {
+            // Possible, but a touch beyond the end is SIGBUS, which Python cannot handle.
+            return Err(PyValueError::new_err(
+                "the range reaches beyond the end of the file",
+            ));
+        }
+        let mapping = self.run(py, open, |file| file.map(start..end, asked.options()))?;
+        Ok(Mapping::new(mapping, &asked, self.name.clone_ref(py)))
     }
 
     /// Closes it: what is dirty is written back if nobody else has the file open.

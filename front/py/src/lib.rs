@@ -15,6 +15,7 @@ mod directory;
 mod error;
 mod file;
 mod forked;
+mod mapping;
 mod path;
 mod stat;
 mod volume;
@@ -30,6 +31,8 @@ mod native {
     use crate::directory::Directory;
     #[pymodule_export]
     use crate::file::File;
+    #[pymodule_export]
+    use crate::mapping::{Mapping, Pin};
     #[pymodule_export]
     use crate::volume::Volume;
 

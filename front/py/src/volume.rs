@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use pinfold::{Error, OpenOptions, Process};
+use pinfold::{Error, OpenOptions, Privilege, Process};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList, PyString};
@@ -194,6 +194,23 @@ impl Volume {
             counters.set_item(name, value)?;
         }
         Ok(counters)
+    }
+
+    /// Return what the system lets the volume do, a dict. "mappings" is "full" or "device", or "user mode only": then a
+    /// system call on mapped memory that is not resident fails with EFAULT, unless it was pinned; or None, where there are
+    /// no mappings, and "mappings_error" says why.
+    fn capabilities<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let told = self.run_at(py, &self.path, |volume| Ok(volume.capabilities()))?;
+        let (mappings, error) = match &told.mappings {
+            Ok(Privilege::Full) => (Some("full"), None),
+            Ok(Privilege::Device) => (Some("device"), None),
+            Ok(Privilege::UserModeOnly) => (Some("user mode only"), None),
+            Err(error) => (None, Some(error.to_string())),
+        };
+        let capabilities = PyDict::new(py);
+        capabilities.set_item("mappings", mappings)?;
+        capabilities.set_item("mappings_error", error)?;
+        Ok(capabilities)
     }
 
     /// Open a file by flags of open(2): what `Volume.open` makes its files of.

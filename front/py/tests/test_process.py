@@ -180,6 +180,12 @@ def test_calls_leave_no_memory_behind(directory: Path) -> None:
                 file.read_at(len(data), 0)
                 file.readinto_at(buffer, 0)
                 file.readline()
+                with file.map(access="w") as mapping:
+                    mapping[5_000] = 1
+                    assert mapping.find(b"no such bytes") == -1
+                    with memoryview(mapping) as view:
+                        view[:10] = mapping[10:20]
+                    mapping.pin(0, 4096).close()
             volume.stat("f")
             volume.listdir()
             list(volume.scandir())

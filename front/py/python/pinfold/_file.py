@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -137,6 +137,24 @@ class File(io.RawIOBase):
     def drop_cache(self) -> None:
         """Write back, then forget what is cached: the next read comes from the store."""
         self._native.drop_cache()
+
+    def map(
+        self,
+        offset: int = 0,
+        length: int | None = None,
+        access: Literal["r", "w", "c"] = "r",
+        *,
+        delivery: Literal["handler", "inline"] = "handler",
+        advice: Literal["normal", "random", "sequential", "willneed", "dontneed"] = "normal",
+    ) -> _native.Mapping:
+        """Map a range of the file into memory, all that follows `offset` without a length; see :class:`Mapping`.
+
+        `offset` must be a multiple of the page size. With `access` "w" stores change the file, which must be open for
+        reading and writing; with "c" they stay with the mapping. `delivery` says who brings pages in: a thread of the
+        library's, or "inline" the thread that touches them, several times cheaper; system calls on memory that is not
+        resident then fail with EFAULT unless it was pinned.
+        """
+        return self._native.map(offset, length, access, delivery, advice)
 
     # The end.
 
