@@ -25,6 +25,8 @@ pub mod stacks;
 pub mod suite;
 pub mod target;
 
+/// The kernel's own mappings, and memory that is touched without a reference into it.
+pub use pinfold_mem::region;
 pub use report::{Record, Tally};
 pub use runner::{ChildCommand, Event, Plan};
 pub use scenario::{Outcome, Scenario};

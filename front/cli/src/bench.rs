@@ -24,6 +24,7 @@ mod group;
 mod instructions;
 mod job;
 mod machine;
+mod mapped;
 mod memory;
 mod mounted;
 mod out_of_core;
@@ -105,7 +106,7 @@ struct Plan {
 type Run = fn(&Plan) -> Result<Vec<Row>>;
 
 /// The groups, in the order they run.
-const GROUPS: [(&str, &str, Run); 6] = [
+const GROUPS: [(&str, &str, Run); 7] = [
     (
         "resident",
         "4 KiB reads and overwrites of cached pages",
@@ -120,6 +121,11 @@ const GROUPS: [(&str, &str, Run); 6] = [
         "out-of-core",
         "random reads of four times the memory",
         out_of_core::run,
+    ),
+    (
+        "mapped",
+        "loads and stores through mappings, beside the kernel's",
+        mapped::run,
     ),
     (
         "memory",

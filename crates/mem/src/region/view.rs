@@ -294,6 +294,15 @@ impl FileMap {
         unsafe { madvise(start.cast(), range.len(), Advice::LinuxDontNeed) }.map_err(errno)
     }
 
+    /// Says that accesses will be at random (MADV_RANDOM): nothing is read ahead.
+    ///
+    /// # Errors
+    /// As madvise(2).
+    pub fn random(&self) -> Result<(), Errno> {
+        // SAFETY: advice on our own mapping changes no contents.
+        unsafe { madvise(self.addr.as_ptr().cast(), self.len, Advice::Random) }.map_err(errno)
+    }
+
     /// Tells of each page of `range` whether it is in memory (mincore(2)).
     ///
     /// # Errors

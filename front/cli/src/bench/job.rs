@@ -13,6 +13,7 @@ use pinfold::{AlignedBuf, File, OpenOptions, Volume};
 use serde::{Deserialize, Serialize};
 
 use super::group;
+use super::mapped::{self, MappedJob};
 use super::scratch::{self, CHUNK, Offsets, PAGE, drop_cached};
 use super::{instructions, memory, stream};
 
@@ -52,6 +53,8 @@ pub(super) enum Job {
         size: u64,
         budget: u64,
     },
+    /// Works through a mapping.
+    Mapped(MappedJob),
     /// Writes cached pages, to be counted by valgrind.
     Instructions(instructions::Work),
 }
@@ -114,6 +117,7 @@ pub(super) fn run_child(job: &str) -> Result<()> {
             }
         }
         Job::Memory { dir, size, budget } => memory::child(&dir, size, budget)?,
+        Job::Mapped(job) => mapped::child::run(&job)?,
         Job::Instructions(work) => instructions::child(&work)?,
     };
     println!("{}", serde_json::to_string(&report)?);
@@ -147,7 +151,8 @@ fn pinfold_reads(dir: &Path, name: &str, memory: u64, pace: &Pace) -> Result<Rep
     measure(pace, |buf, at| Ok(file.read_at(buf, at).map(drop)?))
 }
 
-fn fill(file: &File, bytes: u64) -> Result<()> {
+/// Reads the first bytes of a file in order.
+pub(super) fn fill(file: &File, bytes: u64) -> Result<()> {
     let mut buf = vec![0; CHUNK];
     let mut at = 0;
     while at < bytes {
