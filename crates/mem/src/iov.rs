@@ -271,6 +271,42 @@ impl<'a> IovCursor<'a> {
     /// reference into it exists that a concurrent write would break.
     #[inline]
     pub unsafe fn copy_nofault(&mut self, memory: *mut u8, bytes: usize) -> Progress<CopyStop> {
+        // Asked once: memory that the program hands over was mapped before it did.
+        if mapped::any() {
+            // SAFETY: the caller's promise, passed on.
+            return unsafe { self.copy_among_mappings(memory, bytes) };
+        }
+        // SAFETY: as above.
+        unsafe { self.copy_parts(memory, bytes, |_, _, _, n| Ok(n)) }
+    }
+
+    /// As [`IovCursor::copy_nofault`], where parts of the cursor may lie in mappings of ours. Out of the way of programs
+    /// without any.
+    ///
+    /// # Safety
+    /// As of [`IovCursor::copy_nofault`].
+    #[inline(never)]
+    unsafe fn copy_among_mappings(&mut self, memory: *mut u8, bytes: usize) -> Progress<CopyStop> {
+        let lend = |cursor: &Self, user, ours, n| match mapped::extent(user, n) {
+            Extent::Plain(plain) => Ok(plain),
+            // SAFETY: the caller vouches for `memory`, of which this is a part.
+            Extent::Mapped(part) => Err(unsafe { cursor.copy_mapped(user, ours, part) }),
+        };
+        // SAFETY: the caller's promise, passed on.
+        unsafe { self.copy_parts(memory, bytes, lend) }
+    }
+
+    /// Copies part by part. `lend` copies a part that must not be touched, or tells how much of it may be.
+    ///
+    /// # Safety
+    /// As of [`IovCursor::copy_nofault`].
+    #[inline(always)]
+    unsafe fn copy_parts(
+        &mut self,
+        memory: *mut u8,
+        bytes: usize,
+        lend: impl Fn(&Self, usize, *mut u8, usize) -> Result<usize, Progress<CopyStop>>,
+    ) -> Progress<CopyStop> {
         let mut done = 0usize;
         let want = bytes.min(self.count);
         while done < want {
@@ -283,28 +319,17 @@ impl<'a> IovCursor<'a> {
             }
             let user = span.addr.wrapping_add(self.offset);
             let ours = memory.wrapping_add(done);
-            let mut n = n;
-            if mapped::any() {
-                match mapped::extent(user, n) {
-                    Extent::Plain(plain) => n = plain,
-                    Extent::Mapped(part) => {
-                        // SAFETY: the caller vouches for `memory`, of which this is a part.
-                        let part = unsafe { self.copy_mapped(user, ours, part) };
-                        self.advance(part.done as usize);
-                        done += part.done as usize;
-                        if let Some(stop) = part.stop {
-                            return Progress::stopped(done as u64, stop);
-                        }
-                        continue;
+            let part = match lend(self, user, ours, n) {
+                Err(lent) => lent,
+                Ok(n) => {
+                    let user = std::ptr::with_exposed_provenance_mut::<u8>(user);
+                    match self.direction {
+                        // SAFETY: the caller vouches for `memory`; the cursor's maker for the user's side.
+                        Direction::Source => unsafe { copy_nofault(ours, user, n) },
+                        // SAFETY: as above, the other way.
+                        Direction::Target => unsafe { copy_nofault(user, ours, n) },
                     }
                 }
-            }
-            let user = std::ptr::with_exposed_provenance_mut::<u8>(user);
-            let part = match self.direction {
-                // SAFETY: the caller vouches for `memory`; the cursor's maker for the user's side.
-                Direction::Source => unsafe { copy_nofault(ours, user, n) },
-                // SAFETY: as above, the other way.
-                Direction::Target => unsafe { copy_nofault(user, ours, n) },
             };
             // `part.done <= n <= want`, a usize.
             let moved = part.done as usize;
