@@ -65,7 +65,7 @@ impl File {
         let mut moved = transfer(cursor, submit);
         if let Some(Stop::BadBuffer) = moved.stop {
             // The kernel may refuse the whole for one bad page: what is good of it is still to be had.
-            let good = accessible_pages(cursor);
+            let good = accessible(cursor, PAGE_SIZE as usize);
             if good > moved.done as usize {
                 let whole = cursor.truncate(good);
                 moved.done = moved.done.max(transfer(cursor, submit).done);
@@ -224,7 +224,7 @@ impl File {
         let bad_buffer = matches!(&progress.stop, Some(error) if error.errno() == Errno::EFAULT);
         if bad_buffer && retry {
             // Nothing is held here. The kernel may refuse the whole for one bad page: what is good of it still goes.
-            let good = accessible_pages(cursor);
+            let good = accessible(cursor, inode.object().geometry().block.max(1) as usize);
             if good > 0 {
                 let whole = cursor.truncate(good);
                 let (more, more_end) = self.write_direct_round(cursor, end, how, false);
@@ -259,11 +259,45 @@ fn write_locked(
     }
     let _blocked = pages.gate().block();
     let moved = past_cache(inode, offset, count, || {
-        transfer(cursor, |segments| object.write_wait(offset, segments))
+        let moved = transfer(cursor, |segments| object.write_wait(offset, segments));
+        if met_bad_memory(cursor, &moved) {
+            return forget_prefix(inode);
+        }
+        moved
     });
     // At most the cursor's count.
     cursor.advance(moved.done as usize);
     moved
+}
+
+/// Tells whether a write stopped where memory is bad, which XFS may call an error of the device.
+fn met_bad_memory(cursor: &mut IovCursor<'_>, moved: &Progress<Stop>) -> bool {
+    match &moved.stop {
+        Some(Stop::BadBuffer) => true,
+        Some(Stop::Io(error)) if error.errno == Errno::EIO => {
+            let mark = cursor.mark();
+            // At most the cursor's count.
+            cursor.advance(moved.done as usize);
+            let next = cursor.copy_slice_nofault(&mut [0]);
+            cursor.restore(mark);
+            next.stop.is_some()
+        }
+        _ => false,
+    }
+}
+
+/// Counts nothing of a write that met bad memory, and takes back what it made the store's file longer.
+///
+/// The kernel's file systems are not to be trusted with the rest of the last block then (T39): XFS zeroes again what it
+/// wrote there, tells it as done and makes the next call an EIO; ext4 leaves blocks that show what they held before. What
+/// is good goes once more, by itself.
+fn forget_prefix(inode: &Inode) -> Progress<Stop> {
+    let (object, end) = (inode.object(), inode.pages().end());
+    if object.len().is_ok_and(|len| len > end) {
+        // Should that fail as well, the next change of the size does it.
+        let _ = object.set_len(end);
+    }
+    Progress::stopped(0, Stop::BadBuffer)
 }
 
 /// Has `submit` store `count` bytes at `offset`, and sees to it that the cache keeps no older copy of them and the file
@@ -372,11 +406,11 @@ fn transfer(
     })
 }
 
-/// Returns how much from the cursor's position on is accessible, in whole pages. Nothing may be held.
-fn accessible_pages(cursor: &IovCursor<'_>) -> usize {
+/// Returns how much from the cursor's position on is accessible, in whole granules. Nothing may be held.
+fn accessible(cursor: &IovCursor<'_>, granule: usize) -> usize {
     let count = cursor.count();
     let good = count - faultin::fault_in_cursor(cursor, count);
-    good - good % PAGE_SIZE as usize
+    good - good % granule
 }
 
 /// Writes zeros to the next `bytes` of a target cursor; returns how many.
