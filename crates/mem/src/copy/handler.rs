@@ -105,6 +105,10 @@ extern "C" fn on_fault<const LEVEL: usize>(
 ) {
     // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
     let told = unsafe { &*info };
+    // A signal that somebody sent (code 0 or below) is no fault: whatever it interrupts goes on.
+    if told.si_code <= 0 {
+        return chain(LEVEL, signal, info, context);
+    }
     // SAFETY: SIGSEGV and SIGBUS carry an address.
     let addr = unsafe { told.si_addr() } as usize;
     // SAFETY: the kernel passes the interrupted context, ours until we return.
@@ -112,9 +116,7 @@ extern "C" fn on_fault<const LEVEL: usize>(
     if arch::divert(interrupted, addr) {
         return;
     }
-    // A signal that somebody sent (code 0 or below) has no address.
     if signal == libc::SIGBUS
-        && told.si_code > 0
         && crate::mapped::any()
         && serve_mapped(addr, arch::access(interrupted))
     {
@@ -172,6 +174,8 @@ fn chain(
     // SAFETY: either null or a leaked Box that is never freed or changed (`install_one`).
     let action = unsafe { previous.as_ref() };
     let handler = action.map_or(libc::SIG_DFL, |action| action.sa_sigaction);
+    // SAFETY: the kernel passes a valid siginfo to an SA_SIGINFO handler.
+    let sent = unsafe { (*info).si_code } <= 0;
     match handler {
         libc::SIG_DFL => {
             // SAFETY: all-zero is SIG_DFL with an empty mask.
@@ -179,7 +183,13 @@ fn chain(
             // SAFETY: restores the default; returning repeats the instruction, which then ends the process with
             // the right signal and core.
             unsafe { libc::sigaction(signal, &raw const default, std::ptr::null_mut()) };
+            if sent {
+                // There is no instruction to repeat.
+                // SAFETY: async-signal-safe; the signal is not blocked here (SA_NODEFER), so this does not return.
+                unsafe { libc::raise(signal) };
+            }
         }
+        libc::SIG_IGN if sent => {}
         // The kernel does not ignore a synchronous fault either: it would repeat for ever.
         libc::SIG_IGN => std::process::abort(),
         handler if action.is_some_and(|action| action.sa_flags & libc::SA_SIGINFO != 0) => {
@@ -235,6 +245,36 @@ mod tests {
         unsafe { libc::waitpid(child, &raw mut status, 0) };
         assert!(libc::WIFEXITED(status), "status {status:#x}");
         assert_eq!(libc::WEXITSTATUS(status), 7);
+    }
+
+    #[test]
+    fn a_sent_signal_does_what_it_did_before() {
+        let name = "copy::handler::tests::a_sent_signal_does_what_it_did_before";
+        if !alone(name, None) {
+            return;
+        }
+        for (before, ends) in [(libc::SIG_DFL, true), (libc::SIG_IGN, false)] {
+            // SAFETY: the child is one thread, and calls nothing that another could have left locked.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                // SAFETY: sets a disposition.
+                unsafe { libc::signal(libc::SIGSEGV, before) };
+                install();
+                // SAFETY: async-signal-safe.
+                unsafe { libc::raise(libc::SIGSEGV) };
+                // SAFETY: ends the child without unwinding.
+                unsafe { libc::_exit(7) };
+            }
+            let mut status = 0;
+            // SAFETY: waits for our child.
+            unsafe { libc::waitpid(child, &raw mut status, 0) };
+            if ends {
+                assert!(libc::WIFSIGNALED(status), "status {status:#x}");
+                assert_eq!(libc::WTERMSIG(status), libc::SIGSEGV);
+            } else {
+                assert!(libc::WIFEXITED(status), "status {status:#x}");
+            }
+        }
     }
 
     #[test]
