@@ -54,6 +54,7 @@ pub use open_options::OpenOptions;
 pub use pinfold_base::{ByteOffset, Errno, PAGE_SIZE, PageIndex, Progress};
 pub use pinfold_cache::{CacheSnapshot, Lease, MEMORY_MIN};
 pub use pinfold_fault::FaultSnapshot;
+pub use pinfold_mem::copy::install as install_fault_handler;
 pub use pinfold_mem::forked::Process;
 pub use pinfold_mem::sys::writev_spans;
 pub use pinfold_mem::{

@@ -477,6 +477,8 @@ impl File {
                 "the range reaches beyond the end of the file",
             ));
         }
+        // Python programs turn faulthandler on when they like; its handlers know nothing of mappings and hand nothing down.
+        pinfold::install_fault_handler();
         let mapping = self.run(py, open, |file| file.map(start..end, asked.options()))?;
         Ok(Mapping::new(mapping, &asked, self.name.clone_ref(py)))
     }

@@ -428,6 +428,35 @@ def test_numpy_sorts_eight_times_the_budget_in_place(directory: Path, which: str
     os.unlink(path)
 
 
+def test_mapping_puts_the_handler_back_on_top_of_faulthandler(directory: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(
+                """
+                import faulthandler, sys, pinfold
+                with pinfold.Volume(sys.argv[1], "1MiB") as volume, volume.open("f", "wb+") as file:
+                    file.write(b"x" * 100_000)
+                    file.drop_cache()
+                    with file.map(delivery="inline"):
+                        faulthandler.enable()
+                        with file.map(delivery="inline") as mapping, memoryview(mapping) as view:
+                            assert bytes(view) == b"x" * 100_000
+                faulthandler._sigsegv()
+                """
+            ),
+            directory,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == -11, done
+    assert done.stderr.startswith("Fatal Python error: Segmentation fault")
+
+
 def test_a_child_of_fork_has_no_mapping_and_is_told(directory: Path) -> None:
     done = subprocess.run(
         [

@@ -216,3 +216,16 @@ def test_volumes_leave_nothing_behind(directory: Path, descriptors: None) -> Non
         once()
     # One in five that kept its pages would be 10 MB.
     assert resident() - before < 3 << 20
+
+
+def test_a_signal_that_is_sent_still_ends_the_process(directory: Path) -> None:
+    done = python(
+        """
+        import os, signal, sys, pinfold
+        with pinfold.Volume(sys.argv[1], "1MiB") as volume, volume.open("f", "wb") as file:
+            file.write(b"x")
+            os.kill(os.getpid(), signal.SIGSEGV)
+        """,
+        directory,
+    )
+    assert done.returncode == -11

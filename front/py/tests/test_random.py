@@ -28,6 +28,9 @@ STEPS = st.one_of(
     st.tuples(st.just("seek"), PLACES),
     st.tuples(st.just("truncate"), PLACES),
     st.tuples(st.just("punch"), PLACES, LENGTHS),
+    st.tuples(st.just("map_read"), PLACES, LENGTHS, st.booleans()),
+    st.tuples(st.just("map_write"), PLACES, LENGTHS, st.booleans()),
+    st.tuples(st.just("copy"), PLACES, PLACES, LENGTHS),
     st.tuples(st.just("sync")),
     st.tuples(st.just("drop_cache")),
 )
@@ -76,6 +79,15 @@ class Model:
             case "truncate":
                 del self.bytes[n[0] :]
                 self.bytes.extend(bytes(n[0] - len(self.bytes)))
+            case "map_read":
+                return self.read_at(n[1], n[0])
+            case "map_write":
+                data = data_of(n[1])[: max(len(self.bytes) - n[0], 0)]
+                self.bytes[n[0] : n[0] + len(data)] = data
+            case "copy":
+                data = self.read_at(n[2], n[0])
+                if abs(n[0] - n[1]) >= len(data):
+                    self.write_at(data, n[1])
             case "punch":
                 end = min(n[0] + n[1], len(self.bytes))
                 if n[1] and n[0] < end:
@@ -110,6 +122,14 @@ def real_step(file: pinfold.File, appending: pinfold.File, name: str, *n: int) -
             file.seek(n[0])
         case "truncate":
             file.truncate(n[0])
+        case "map_read" | "map_write":
+            return mapped_step(file, name, *n)
+        case "copy":
+            size = min(n[2], max(file.size - n[0], 0))
+            if size and abs(n[0] - n[1]) >= size:
+                # From the file's own mapping.
+                with file.map() as mapping, memoryview(mapping) as view:
+                    assert file.write_at(view[n[0] : n[0] + size], n[1]) == size
         case "punch":
             if n[1]:
                 file.punch(n[0], n[1])
@@ -117,6 +137,20 @@ def real_step(file: pinfold.File, appending: pinfold.File, name: str, *n: int) -
             file.sync()
         case "drop_cache":
             file.drop_cache()
+    return None
+
+
+def mapped_step(file: pinfold.File, name: str, at: int, length: int, through_buffer: int) -> Any:
+    """The same through a mapping: its methods, or the memory itself."""
+    if not file.size:
+        return b"" if name == "map_read" else None
+    with file.map(access="w") as mapping, memoryview(mapping) as view:
+        target: Any = view if through_buffer else mapping
+        if name == "map_read":
+            return bytes(target[at : at + length])
+        data = data_of(length)[: max(len(mapping) - at, 0)]
+        if data:
+            target[at : at + len(data)] = data
     return None
 
 
