@@ -17,7 +17,7 @@ use pinfold::Errno;
 use crate::call::answer_in_child_too;
 use crate::descriptor::pf_is_descriptor;
 use crate::errors::{Failure, Outcome, refuse};
-use crate::volume::{self, Options, VolumeHandle};
+use crate::volume::{self, Options, PF_OPTION_INLINE_FAULTS, VolumeHandle};
 use crate::{fork, user};
 
 /// What the environment names.
@@ -48,7 +48,8 @@ pub struct Location {
 /// Tells whether `path`, as this process would resolve it from the directory `dir_fd` names or AT_FDCWD, lies in an
 /// open volume: 1 and `*location` if it does, 0 if not. With AT_SYMLINK_NOFOLLOW in `flags`, a symbolic link at the end
 /// counts by where it lies. When it is first called it opens the volumes that PINFOLD_VOLUMES names (directories parted by
-/// colons), each with the budget in PINFOLD_MEMORY (bytes, or with K, M, G).
+/// colons), each with the budget in PINFOLD_MEMORY (bytes, or with K, M, G)
+/// and faults served as PINFOLD_FAULTS says (handler or inline).
 ///
 /// # Safety
 /// The pointers are the caller's to lend.
@@ -212,17 +213,27 @@ fn open_awaited(real: &Path) {
         return;
     };
     let memory = std::env::var("PINFOLD_MEMORY").unwrap_or_default();
-    let opened = match size(&memory) {
-        Some(memory) => volume::open(&dir, &Options::with_memory(memory)),
-        None => Err(Failure::Other(
-            Errno::EINVAL,
-            format!("PINFOLD_MEMORY is not a size: {memory}"),
-        )),
-    };
+    let faults = std::env::var("PINFOLD_FAULTS").unwrap_or_default();
+    let opened = options(&memory, &faults).and_then(|options| volume::open(&dir, &options));
     if let Err(failure) = opened {
         refuse_from_now_on(dir.clone(), failure);
     }
     NAMED.write().awaited.retain(|other| *other != dir);
+}
+
+/// Reads what the environment says about its volumes.
+fn options(memory: &str, faults: &str) -> Outcome<Options> {
+    let invalid = |words| Err(Failure::Other(Errno::EINVAL, words));
+    let Some(memory) = size(memory) else {
+        return invalid(format!("PINFOLD_MEMORY is not a size: {memory}"));
+    };
+    let mut options = Options::with_memory(memory);
+    match faults {
+        "" | "handler" => {}
+        "inline" => options.flags |= PF_OPTION_INLINE_FAULTS,
+        other => return invalid(format!("PINFOLD_FAULTS is not handler or inline: {other}")),
+    }
+    Ok(options)
 }
 
 /// Lets path calls into a directory fail. Says so at once: nobody called who would look at a message.

@@ -47,7 +47,7 @@ fn assert_same(libc: &str, ours: &str) {
     assert_eq!(libc.lines().count(), ours.lines().count());
 }
 
-fn calls_agree(against: Against) {
+fn calls_agree(against: Against, faults: &str) {
     if no_compiler() {
         return;
     }
@@ -74,6 +74,7 @@ fn calls_agree(against: Against) {
     let env = [
         ("PINFOLD_VOLUMES", ours.as_os_str()),
         ("PINFOLD_MEMORY", OsStr::new("1M")),
+        ("PINFOLD_FAULTS", OsStr::new(faults)),
     ];
     let got = text(&run(&ported, &[ours.as_os_str()], scratch.path(), &env));
     assert_same(&expected, &got);
@@ -82,12 +83,12 @@ fn calls_agree(against: Against) {
 
 #[test]
 fn every_call_answers_as_the_kernels_through_the_shared_library() {
-    calls_agree(Against::Posix);
+    calls_agree(Against::Posix, "handler");
 }
 
 #[test]
-fn every_call_answers_as_the_kernels_through_the_static_library() {
-    calls_agree(Against::PosixStatic);
+fn every_call_answers_as_the_kernels_through_the_static_library_with_inline_faults() {
+    calls_agree(Against::PosixStatic, "inline");
 }
 
 #[test]
@@ -182,8 +183,11 @@ fn threads_share_the_descriptors_and_leave_none() {
     compile(&program, &[example("threads.c")], Against::Pinfold, &strict);
     let dir = scratch.path().join("data");
     std::fs::create_dir(&dir).unwrap();
-    let output = run(&program, &[dir.as_os_str()], scratch.path(), &[]);
-    assert_eq!(text(&output), "threads\n");
+    for faults in [&[][..], &[OsStr::new("inline")]] {
+        let args = [&[dir.as_os_str()], faults].concat();
+        let output = run(&program, &args, scratch.path(), &[]);
+        assert_eq!(text(&output), "threads\n");
+    }
 }
 
 #[test]
