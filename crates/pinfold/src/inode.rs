@@ -342,21 +342,35 @@ impl Inode {
         Ok(())
     }
 
-    /// Takes over a size that somebody else gave the stored file: drops the clean pages. `false`, and nothing
-    /// is changed, when newer data is cached.
-    pub(crate) fn reload(&self, len: u64) -> bool {
+    /// Takes over a size that somebody else gave the stored file: drops the clean pages. `is_current` is asked once nobody
+    /// can write any more: a size of the stored file's that our own writes have overtaken since must not come back.
+    pub(crate) fn reload(&self, len: u64, is_current: impl FnOnce() -> bool) -> Reload {
         let _exclusive = self.lock_exclusive();
         let _blocked = self.pages.gate().block();
         if self.pages.is_dirty() {
-            return false;
+            return Reload::NewerCached;
+        }
+        if !is_current() {
+            return Reload::Overtaken;
         }
         self.pages.invalidate(0..u64::MAX);
         let old = self.len();
         self.pages.set_end(len);
         self.note_growth(old);
         self.forget_modified();
-        true
+        Reload::Done
     }
+}
+
+/// What became of an [`Inode::reload`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reload {
+    /// The clean pages are gone, the size is the store's.
+    Done,
+    /// Newer data is cached: nothing was changed.
+    NewerCached,
+    /// The stored file has been changed again, by ourselves: nothing was changed.
+    Overtaken,
 }
 
 impl Owner for Inode {

@@ -195,7 +195,8 @@ off_t pf_lseek(int fd, off_t offset, int whence);
 // Tells whether `path`, as this process would resolve it from the directory `dir_fd` names or AT_FDCWD, lies in an
 // open volume: 1 and `*location` if it does, 0 if not. With AT_SYMLINK_NOFOLLOW in `flags`, a symbolic link at the end
 // counts by where it lies. When it is first called it opens the volumes that PINFOLD_VOLUMES names (directories parted by
-// colons), each with the budget in PINFOLD_MEMORY (bytes, or with K, M, G).
+// colons), each with the budget in PINFOLD_MEMORY (bytes, or with K, M, G)
+// and faults served as PINFOLD_FAULTS says (handler or inline).
 int pf_locate(int dir_fd,
               const char *path,
               int flags,

@@ -11,7 +11,7 @@ use pinfold_store::dir::namespace::{Change, Handle, Stat, TimeChange, Timestamp}
 use super::watch::Quiet;
 use super::{Data, Vnode, failed};
 use crate::error::{Error, ErrorKind, Result};
-use crate::inode::Backing;
+use crate::inode::{Backing, Reload};
 use crate::metadata::Metadata;
 
 /// Times, and what the stored file said when nothing of ours was under way.
@@ -118,8 +118,9 @@ impl Vnode {
         let Some(quiet) = data.watch.quiet() else {
             return Ok(());
         };
-        let stat = self.handle.stat().map_err(failed("open"))?;
         let mut stamps = self.stamps.lock();
+        // Under the lock: the end of a pass that puts the times right must not come between this look and the next.
+        let stat = self.handle.stat().map_err(failed("open"))?;
         let now = Seen::of(&stat);
         let Some(seen) = stamps.seen.filter(|seen| *seen != now) else {
             return Ok(());
@@ -128,17 +129,26 @@ impl Vnode {
             return Ok(());
         }
         // Outside the lock: dropping pages may wait for transfers, whose end puts times right under it.
-        let reloaded =
-            parking_lot::MutexGuard::unlocked(&mut stamps, || data.inode.reload(stat.size));
+        let is_current = || data.watch.is_settled(quiet);
+        let reload = parking_lot::MutexGuard::unlocked(&mut stamps, || {
+            data.inode.reload(stat.size, is_current)
+        });
         let contents_same = seen.size == now.size && seen.modified == now.modified;
-        if !reloaded && !contents_same {
-            return Err(Error::new("open", ErrorKind::Stale));
+        match reload {
+            Reload::NewerCached if !contents_same => {
+                return Err(Error::new("open", ErrorKind::Stale));
+            }
+            // Looked at again when the file is opened next.
+            Reload::Overtaken => return Ok(()),
+            Reload::NewerCached => {}
+            Reload::Done => {
+                self.strangers.fetch_add(1, Ordering::AcqRel);
+            }
         }
-        if reloaded {
-            self.strangers.fetch_add(1, Ordering::AcqRel);
+        if stamps.seen == Some(seen) {
+            // Where only the time of change differs, an attribute was changed: that harms no cached data.
+            self.record_in(&mut stamps, Some(&stat));
         }
-        // Where only the time of change differs, an attribute was changed: that harms no cached data.
-        self.record_in(&mut stamps, Some(&stat));
         Ok(())
     }
 }

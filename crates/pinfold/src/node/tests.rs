@@ -364,3 +364,35 @@ fn opening_what_is_no_file_says_what_it_is() {
     assert_eq!(stat.mode() & 0o777, 0o600);
     let _: SystemTime = root.attributes().unwrap().modified;
 }
+
+#[test]
+fn opening_a_file_whose_pages_are_being_stored_finds_no_stranger() {
+    let dir = tempfile::tempdir().unwrap();
+    let volume = volume(dir.path());
+    let (node, file) = create(&volume, "a");
+    let ends = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 0..2000u32 {
+                // Grows now and then, so that a size read too early would be seen too.
+                let at = u64::from(round % 100) * 512;
+                file.write_at(&round.to_le_bytes(), at).unwrap();
+                file.sync_data().unwrap();
+                if round % 100 == 99 {
+                    file.set_len(0).unwrap();
+                }
+            }
+            ends.store(true, Ordering::Relaxed);
+        });
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !ends.load(Ordering::Relaxed) {
+                    let opened = node.open(&read_write()).unwrap();
+                    // Dirty, so that a false alarm cannot go by unnoticed.
+                    opened.write_at(b"x", 1 << 20).unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(node.content_version(), 0, "nobody else was there");
+}
