@@ -431,17 +431,15 @@ impl FilePages {
         counters.pages_read_ahead.add(folios.len() as u64);
         let frames: Vec<Frame> = folios.into_iter().map(Folio::into_frame).collect();
         let segments = self.segments_of(start, frames.iter().copied());
-        let file = Arc::clone(self);
+        let filling = Filling {
+            file: Arc::clone(self),
+            start,
+            frames,
+        };
         Transfer {
             offset: start * PAGE_SIZE,
             segments,
-            done: Box::new(move |outcome| {
-                for (i, frame) in frames.into_iter().enumerate() {
-                    let folio = Folio::adopt(&file, start + i as u64, frame);
-                    // An error of a page nobody asked for is nobody's: who asks reads it himself.
-                    file.settle_fill(&folio, i, &outcome);
-                }
-            }),
+            done: Box::new(move |outcome| filling.end(&outcome)),
         }
     }
 
@@ -753,6 +751,32 @@ impl FilePages {
                 })
             })
             .count()
+    }
+}
+
+/// Locked pages on their way from the store, whose thread has gone on. Dropped before the transfer has told its end, as by a
+/// store that panics, they leave the cache, and nobody waits for them for ever.
+struct Filling {
+    file: Arc<FilePages>,
+    start: u64,
+    frames: Vec<Frame>,
+}
+
+impl Filling {
+    fn end(mut self, outcome: &Progress<StoreError>) {
+        for (i, frame) in std::mem::take(&mut self.frames).into_iter().enumerate() {
+            let folio = Folio::adopt(&self.file, self.start + i as u64, frame);
+            // An error of a page nobody asked for is nobody's: who asks reads it himself.
+            self.file.settle_fill(&folio, i, outcome);
+        }
+    }
+}
+
+impl Drop for Filling {
+    fn drop(&mut self) {
+        for (page, &frame) in (self.start..).zip(&self.frames) {
+            drop(Folio::adopt(&self.file, page, frame));
+        }
     }
 }
 

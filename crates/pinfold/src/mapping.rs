@@ -180,6 +180,9 @@ impl File {
             ..Access::default()
         };
         let file = self.node().reopen(plain).map_err(told)?;
+        if let Some(path) = self.path() {
+            file.set_path(path);
+        }
         let pages = range.start / PAGE_SIZE..range.end.div_ceil(PAGE_SIZE);
         let inode = Arc::clone(file.inode());
         let window = inode

@@ -11,5 +11,6 @@ mod mapping {
     mod buffers;
     mod private;
     mod races;
+    mod refusals;
     pub mod rig;
 }
