@@ -16,7 +16,9 @@ use pinfold_mem::forked::Process;
 use pinfold_mem::mapped::{self, InsertError, Registration};
 use pinfold_mem::uffd::{Event, UffdError};
 use pinfold_mem::window::WindowError;
-use pinfold_mem::{Access, Delivery, MappedMemory, Privilege, Uffd, UserMapKind, Window, quiet};
+use pinfold_mem::{
+    Access, Delivery, MappedMemory, Privilege, Quiet, Uffd, UserMapKind, Window, quiet,
+};
 
 use crate::channel::Channel;
 use crate::file_mappings::FileMappings;
@@ -470,6 +472,8 @@ impl Drop for Placed {
             // Mappings are not inherited; at these addresses there may be something else by now.
             return;
         }
+        // A handler that faults would wait for the pool, which waits for the locks taken here.
+        let _quiet = Quiet::enter();
         // Look-ups first, then the pool: after that nobody begins anything here.
         drop(self.registration.lock().take());
         self.faults.shared.leave(&self.mapping);

@@ -13,4 +13,5 @@ mod mapping {
     mod races;
     mod refusals;
     pub mod rig;
+    mod signals;
 }

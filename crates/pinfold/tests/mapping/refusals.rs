@@ -166,7 +166,10 @@ fn handler_first() {
     expect_bus(std::ptr::null());
 }
 
-const CASES: [(&str, fn(Delivery)); 5] = [
+/// A case by name: it ends in SIGBUS.
+type Case = (&'static str, fn(Delivery));
+
+const CASES: [Case; 5] = [
     ("beyond_end", |delivery| {
         handler_first();
         let sick = sick(delivery);
