@@ -212,18 +212,32 @@ impl FilePages {
                     continue;
                 }
             }
+            // A page must not become dirty between the flush of a direct write and its invalidation: it would keep what it
+            // held before (C-1).
+            let gate = match service.stores().then(|| self.gate().try_add()) {
+                None => None,
+                Some(Some(gate)) => Some(gate),
+                Some(None) => {
+                    drop(found);
+                    drop(self.gate().add());
+                    continue;
+                }
+            };
             let attempt = self.try_lock(page);
             // The reference kept the page until it was locked; a move is none the worse for having no reference to mind.
             drop(found);
             let folio = match attempt {
                 Attempt::Locked(folio) => folio,
                 Attempt::Busy(frame) => {
+                    drop(gate);
                     self.cache().wait(frame, |state| state & LOCKED == 0);
                     continue;
                 }
                 Attempt::Gone => continue,
             };
-            match self.install(folio, &mut slot, &around, service)? {
+            let tried = self.install(folio, &mut slot, &around, service)?;
+            drop(gate);
+            match tried {
                 Tried::Done(outcome) => {
                     if service.stores() {
                         self.note_dirty_file();
@@ -253,6 +267,11 @@ impl FilePages {
             by_hand: false,
             signal: true,
         };
+        // As in `map`.
+        let _gate = match service.stores() {
+            true => Some(self.gate().try_add()?),
+            false => None,
+        };
         let Attempt::Locked(folio) = self.try_lock(page) else {
             return None;
         };
@@ -278,13 +297,27 @@ impl FilePages {
     /// # Errors
     /// As of [`FilePages::map`].
     pub fn make_writable(self: &Arc<Self>, page: u64) -> Result<MapOutcome, CacheError> {
-        let Some(folio) = self.lock_valid(page)? else {
-            return Ok(MapOutcome::BeyondEnd);
-        };
-        self.make_dirty(&folio);
-        drop(folio);
-        self.note_dirty_file();
-        Ok(MapOutcome::Mapped)
+        // Every round waits for somebody's progress or finds something changed by it, as with `read`.
+        loop {
+            // The page is brought in first, which takes the gate itself.
+            let Some(folio) = self.lock_valid(page)? else {
+                return Ok(MapOutcome::BeyondEnd);
+            };
+            drop(folio);
+            // As in `map`.
+            let gate = self.gate().add();
+            let Attempt::Locked(folio) = self.try_lock(page) else {
+                continue;
+            };
+            if page >= self.pages_end() || !folio.is_uptodate() {
+                continue;
+            }
+            self.make_dirty(&folio);
+            drop(folio);
+            drop(gate);
+            self.note_dirty_file();
+            return Ok(MapOutcome::Mapped);
+        }
     }
 
     /// Locks a page that is valid and dirty, if nobody else has it: its bytes may be changed, as through a mapping that

@@ -9,11 +9,7 @@ use pinfold_scenarios::scenario::Failure;
 use pinfold_scenarios::{Backend, Outcome, Record, Target, report};
 
 /// What does not hold yet: (scenario, check, what is missing). To be empty.
-const OPEN: &[(&str, &str, &str)] = &[(
-    "T40",
-    "what was written",
-    "a store through a mapping dirties a page between the flush before a direct write and its invalidation",
-)];
+const OPEN: &[(&str, &str, &str)] = &[];
 
 /// What cannot be run: (scenario, reason it is skipped for).
 const MISSING: &[(&str, &str)] = &[
