@@ -5,16 +5,22 @@
 //! holds nothing. Without mappings no handler can fault on us, and nothing is done.
 
 use std::marker::PhantomData;
-use std::mem::MaybeUninit;
 
-/// Signals that the thread's own instructions raise: blocked, they would kill the process.
-const SYNCHRONOUS: [libc::c_int; 5] = [
+/// Signals that the thread's own instructions raise, which blocked would kill the process; and the two (SIGCANCEL,
+/// SIGSETXID) by which the C library reaches its threads, which pthread_sigmask(3) never blocks either.
+const LET_THROUGH: [libc::c_int; 7] = [
     libc::SIGSEGV,
     libc::SIGBUS,
     libc::SIGFPE,
     libc::SIGILL,
     libc::SIGTRAP,
+    32,
+    33,
 ];
+
+/// A signal mask as the kernel has it. The C library's is sixteen times as large and would have to be moved about with
+/// every call of this library.
+type Mask = u64;
 
 /// While it lives, signals wait that handlers of the program would be run for on this thread.
 ///
@@ -22,7 +28,7 @@ const SYNCHRONOUS: [libc::c_int; 5] = [
 #[must_use = "signals come again as soon as this is dropped"]
 pub struct Quiet {
     /// The mask to come back to; `None` when nothing was changed.
-    before: Option<libc::sigset_t>,
+    before: Option<Mask>,
     /// The mask is the thread's: the undoing must happen there too.
     _here: PhantomData<*const ()>,
 }
@@ -47,9 +53,8 @@ impl Quiet {
 impl Drop for Quiet {
     #[inline]
     fn drop(&mut self) {
-        if let Some(before) = &self.before {
-            // SAFETY: restores a mask that pthread_sigmask filled.
-            unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, before, std::ptr::null_mut()) };
+        if let Some(before) = self.before {
+            set_mask(libc::SIG_SETMASK, before);
         }
     }
 }
@@ -60,18 +65,51 @@ pub fn keep_signals_away() {
 }
 
 #[cold]
-fn block() -> Option<libc::sigset_t> {
-    let mut wanted = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: fills the set.
-    unsafe { libc::sigfillset(wanted.as_mut_ptr()) };
-    for signal in SYNCHRONOUS {
-        // SAFETY: the set was filled above; the number is that of a signal.
-        unsafe { libc::sigdelset(wanted.as_mut_ptr(), signal) };
+fn block() -> Option<Mask> {
+    let through = LET_THROUGH
+        .iter()
+        .fold(0, |mask, signal| mask | 1 << (signal - 1));
+    set_mask(libc::SIG_BLOCK, !through)
+}
+
+/// Changes this thread's mask as sigprocmask(2) does; returns the one before.
+fn set_mask(how: libc::c_int, mask: Mask) -> Option<Mask> {
+    let mut before: Mask = 0;
+    // SAFETY: both masks are as long as the call is told.
+    let outcome = unsafe {
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            how,
+            &raw const mask,
+            &raw mut before,
+            size_of::<Mask>(),
+        )
+    };
+    (outcome == 0).then_some(before)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_blocked(signal: libc::c_int) -> bool {
+        let mut now = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: a null set only queries; there is room for the answer.
+        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), now.as_mut_ptr()) };
+        // SAFETY: filled above.
+        unsafe { libc::sigismember(now.as_ptr(), signal) == 1 }
     }
-    let mut before = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: `wanted` is filled, `before` has room for a set.
-    let outcome =
-        unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, wanted.as_ptr(), before.as_mut_ptr()) };
-    // SAFETY: pthread_sigmask filled it when it succeeded.
-    (outcome == 0).then(|| unsafe { before.assume_init() })
+
+    #[test]
+    fn signals_stay_away_until_the_guard_is_dropped_and_faults_never_do() {
+        assert!(!is_blocked(libc::SIGUSR1));
+        let quiet = Quiet {
+            before: block(),
+            _here: PhantomData,
+        };
+        assert!(is_blocked(libc::SIGUSR1) && is_blocked(libc::SIGRTMAX()));
+        assert!(!is_blocked(libc::SIGBUS) && !is_blocked(libc::SIGSEGV));
+        drop(quiet);
+        assert!(!is_blocked(libc::SIGUSR1));
+    }
 }

@@ -380,26 +380,5 @@ impl Drop for Engine {
     }
 }
 
-/// Keeps the program's signals off an engine's thread: its handlers must not run here, and SIGXFSZ for a
-/// write beyond the program's RLIMIT_FSIZE must stay an error number.
-fn block_signals() {
-    let mut set = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: sigfillset initializes the set it is given.
-    unsafe { libc::sigfillset(set.as_mut_ptr()) };
-    // A fault raised by this thread's own instructions is answered by the copy fixups; blocked, it would kill.
-    for fault in [
-        libc::SIGSEGV,
-        libc::SIGBUS,
-        libc::SIGFPE,
-        libc::SIGILL,
-        libc::SIGTRAP,
-    ] {
-        // SAFETY: the set was initialized above; the numbers are valid.
-        unsafe { libc::sigdelset(set.as_mut_ptr(), fault) };
-    }
-    // SAFETY: changes this thread's mask only; the set was initialized above and no old one is asked for.
-    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut()) };
-}
-
 #[cfg(test)]
 mod tests;

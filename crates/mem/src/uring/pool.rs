@@ -8,7 +8,8 @@ use parking_lot::{Condvar, Mutex};
 use pinfold_base::Errno;
 use smallvec::SmallVec;
 
-use super::{Request, Shared, block_signals, inline};
+use super::{Request, Shared, inline};
+use crate::quiet::keep_signals_away;
 
 /// What is to be done, and whether more can come.
 #[derive(Debug, Default)]
@@ -64,7 +65,7 @@ pub(super) fn start(
     std::thread::Builder::new()
         .name(format!("pinfold-io-{number}"))
         .spawn(move || {
-            block_signals();
+            keep_signals_away();
             while let Some(request) = inbox.take() {
                 let Request {
                     op,

@@ -15,8 +15,9 @@ use rustix::event::{EventfdFlags, eventfd};
 use smallvec::SmallVec;
 
 use super::flight::{Flight, Registered, Verdict};
-use super::{EngineCounters, IN_FLIGHT_MAX, Op, Request, Shared, block_signals};
+use super::{EngineCounters, IN_FLIGHT_MAX, Op, Request, Shared};
 use crate::arena::Arena;
+use crate::quiet::keep_signals_away;
 
 /// `user_data` of the read that waits for the wake-up descriptor.
 const WAKE: u64 = u64::MAX;
@@ -94,7 +95,8 @@ fn run(
     shared: Arc<Shared>,
     report: &SyncSender<Result<(), Errno>>,
 ) {
-    block_signals();
+    // SIGXFSZ for a write beyond the program's RLIMIT_FSIZE must stay an error number as well.
+    keep_signals_away();
     // Built here, because a single-issuer ring belongs to the task that makes it.
     match build() {
         Ok(uring) => {
