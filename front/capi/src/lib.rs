@@ -9,8 +9,8 @@
 //! *Locking*: the tables here have locks of their own, held for a look-up or a change and never across a call into the engine.
 //!
 //! Three rules hold for every exported function. Memory that C names may be anything: it is copied through
-//! [`user`] or lent to the engine as spans, never made a reference or slice. Handles are looked up, never followed. A panic
-//! ends in [`call::answer`] as `EIO`.
+//! `user` or lent to the engine as spans, never made a reference or slice. Handles are looked up, never followed. A panic
+//! ends in `call::answer` as `EIO`.
 #![allow(
     unsafe_code,
     reason = "an ABI edge: exported symbols, and memory that C vouches for"
