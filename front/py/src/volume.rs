@@ -167,7 +167,7 @@ impl Volume {
         !self.process.is_current() || self.slot.lock().is_none()
     }
 
-    /// Write everything back and end the volume. Files still open keep working; the directory is free for others once the
+    /// Write everything back and end the volume. Files and mappings still open keep working; the directory is free for others once the
     /// last of them is closed.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         if !self.process.is_current() {
