@@ -361,6 +361,7 @@ impl Mapping {
         let pages = bytes.start / PAGE_SIZE..bytes.end.div_ceil(PAGE_SIZE);
         match advice {
             Advice::Normal | Advice::Random | Advice::Sequential => self.placed.set_pattern(advice),
+            Advice::WillNeed | Advice::DontNeed if bytes.is_empty() => {}
             Advice::WillNeed => self.placed.pages().read_ahead(pages),
             Advice::DontNeed => self
                 .placed

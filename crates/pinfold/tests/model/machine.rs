@@ -1,6 +1,7 @@
 //! Runs a program on a volume and on bytes in memory side by side.
 
 use std::io::{IoSlice, IoSliceMut, Write as _};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
@@ -9,6 +10,7 @@ use pinfold::{AllocateMode, Errno, File, IoOptions, OpenOptions, Seek, Volume};
 use pinfold_mem::Direction;
 use pinfold_mem::region::{Protection, Region, UserIov};
 
+use super::mapped::Mapped;
 use super::program::{Op, Program, SIZE_MAX, Verb};
 
 /// How a run ended that did not end well.
@@ -81,30 +83,32 @@ pub fn hangs(what: &str) -> ! {
 }
 
 /// A volume, three descriptors of its file, and what the file must hold.
-struct Machine {
+pub struct Machine {
     dir: PathBuf,
-    pages: u64,
+    pub pages: u64,
+    pub mapped: Mapped,
     volume: Option<Volume>,
     files: Option<Files>,
-    bytes: Vec<u8>,
+    pub bytes: Vec<u8>,
 }
 
-struct Files {
-    buffered: File,
+pub struct Files {
+    pub buffered: File,
     appending: File,
-    direct: File,
+    pub direct: File,
 }
 
 const NAME: &str = "file";
-const PAGE: u64 = 4096;
+pub const PAGE: u64 = 4096;
 
-type Outcome = Result<(), String>;
+pub type Outcome = Result<(), String>;
 
 impl Machine {
     fn new(dir: &Path, pages: u64) -> Result<Self, Mismatch> {
         let mut machine = Self {
             dir: dir.to_path_buf(),
             pages,
+            mapped: Mapped::default(),
             volume: None,
             files: None,
             bytes: Vec::new(),
@@ -155,10 +159,20 @@ impl Machine {
             Verb::Reopen => self.open(),
             Verb::Remount => self.remount(),
             Verb::Check => self.check(),
+            Verb::Load => self.load(at, len),
+            Verb::Store => self.store(at, len, tag),
+            Verb::Stain => self.stain(len),
+            Verb::Flush => self.flush(at, len),
+            Verb::Advise => self.advise(at, len),
+            Verb::Unmap => self.unmap(),
+            Verb::WriteMapped => self.write_mapped(at, len, false),
+            Verb::ReadMapped => self.read_mapped(at, len, false),
+            Verb::WriteMappedDirect => self.write_mapped(at, len, true),
+            Verb::ReadMappedDirect => self.read_mapped(at, len, true),
         }
     }
 
-    fn files(&self) -> &Files {
+    pub fn files(&self) -> &Files {
         self.files.as_ref().expect("open from `mount` to `unmount`")
     }
 
@@ -184,6 +198,7 @@ impl Machine {
     }
 
     fn unmount(&mut self) -> Outcome {
+        self.unmap()?;
         self.files = None;
         self.volume
             .take()
@@ -197,7 +212,7 @@ impl Machine {
     }
 
     /// Makes bytes that tell where they belong and which operation wrote them; never zero.
-    fn pattern(at: u64, len: u64, tag: usize) -> Vec<u8> {
+    pub fn pattern(at: u64, len: u64, tag: usize) -> Vec<u8> {
         (at..at + len)
             .map(|pos| {
                 let mixed = (pos / 7).wrapping_mul(31) ^ pos ^ (tag as u64).wrapping_mul(97);
@@ -207,7 +222,7 @@ impl Machine {
     }
 
     /// Notes in the model that bytes were written.
-    fn note(&mut self, at: u64, written: &[u8]) {
+    pub fn note(&mut self, at: u64, written: &[u8]) {
         let (start, end) = (at as usize, at as usize + written.len());
         if written.is_empty() {
             return;
@@ -289,7 +304,7 @@ impl Machine {
         &self.bytes[start..(at as usize + len as usize).clamp(start, end)]
     }
 
-    fn compare(&self, what: &str, at: u64, got: &[u8], len: u64) -> Outcome {
+    pub fn compare(&self, what: &str, at: u64, got: &[u8], len: u64) -> Outcome {
         let want = self.expected(at, len);
         same(&format!("{what}: bytes"), got.len(), want.len())?;
         match got.iter().zip(want).position(|(got, want)| got != want) {
@@ -493,6 +508,14 @@ impl Machine {
         Ok(())
     }
 
+    /// Compares a part of what lies in the directory.
+    pub fn check_stored_part(&self, range: Range<u64>) -> Outcome {
+        let stored = std::fs::read(self.dir.join(NAME)).map_err(|error| error.to_string())?;
+        let end = stored.len() as u64;
+        let part = &stored[range.start.min(end) as usize..range.end.min(end) as usize];
+        self.compare("stored part", range.start, part, range.end - range.start)
+    }
+
     /// Compares what lies in the directory, as any other program would see it.
     fn check_stored(&self) -> Outcome {
         let stored = std::fs::read(self.dir.join(NAME)).map_err(|error| error.to_string())?;
@@ -500,11 +523,11 @@ impl Machine {
     }
 }
 
-fn said<T>(what: &str, result: pinfold::Result<T>) -> Result<T, String> {
+pub fn said<T>(what: &str, result: pinfold::Result<T>) -> Result<T, String> {
     result.map_err(|error| format!("{what}: {error}"))
 }
 
-fn same<T: PartialEq + std::fmt::Debug>(what: &str, got: T, want: T) -> Outcome {
+pub fn same<T: PartialEq + std::fmt::Debug>(what: &str, got: T, want: T) -> Outcome {
     if got == want {
         Ok(())
     } else {

@@ -73,6 +73,26 @@ verbs! {
     Remount "remount" 1,
     /// Compares the whole file.
     Check "check" 3,
+    /// Loads them from a mapping and compares.
+    Load "load" 14,
+    /// Stores them through a mapping, as far as the file reaches.
+    Store "store" 14,
+    /// Stores past the end of the file, in its last page.
+    Stain "stain" 4,
+    /// Syncs them through the mapping and compares the stored file there.
+    Flush "flush" 3,
+    /// Gives advice about them.
+    Advise "advise" 4,
+    /// Unmaps the file; whoever needs a mapping makes another.
+    Unmap "unmap" 2,
+    /// Writes them from a mapping of another part of the file.
+    WriteMapped "write-mapped" 6,
+    /// Reads another part of the file into a mapping of them.
+    ReadMapped "read-mapped" 5,
+    /// Writes whole pages around the cache from a mapping of others.
+    WriteMappedDirect "write-mapped-direct" 4,
+    /// Reads whole pages around the cache into a mapping of others.
+    ReadMappedDirect "read-mapped-direct" 4,
 }
 
 /// One operation.
