@@ -17,7 +17,7 @@
 
 use std::time::Duration;
 
-use pinfold_base::sync::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use pinfold_base::sync::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
 use pinfold_mem::Access;
 
 /// Faults under way at once; a thread that faults beyond that waits for a slot.
@@ -136,10 +136,10 @@ impl Slots {
             Waiter::Slot => 0,
         };
         slot.thread.store(thread, Ordering::Relaxed);
-        // Release: the request; SeqCst: either `stop`, which looks at the slots after it has said so, finds this one, or
-        // the look below finds that it has.
-        slot.state.store(POSTED, Ordering::SeqCst);
-        if self.stopped.load(Ordering::SeqCst) {
+        slot.state.store(POSTED, Ordering::Release);
+        // Either `stop`, which looks at the slots after it has said so, finds this one, or we find that it has.
+        fence(Ordering::SeqCst);
+        if self.stopped.load(Ordering::Relaxed) {
             self.refuse_posted();
         }
         self.posted.fetch_add(1, Ordering::SeqCst);
@@ -157,7 +157,9 @@ impl Slots {
             if self.stopped.load(Ordering::SeqCst) {
                 break None;
             }
-            let seen = self.freed.load(Ordering::SeqCst);
+            let seen = self.freed.load(Ordering::Acquire);
+            // Either `free` sees us want one, or we see what it has freed.
+            fence(Ordering::SeqCst);
             if let Some(slot) = self.try_claim() {
                 break Some(slot);
             }
@@ -179,7 +181,8 @@ impl Slots {
     }
 
     fn free(&self, slot: &Slot) {
-        slot.state.store(FREE, Ordering::SeqCst);
+        slot.state.store(FREE, Ordering::Release);
+        fence(Ordering::SeqCst);
         if self.wanting.load(Ordering::SeqCst) > 0 {
             self.freed.fetch_add(1, Ordering::SeqCst);
             park::wake(&self.freed, 1);
@@ -228,6 +231,7 @@ impl Slots {
     /// Ends serving: whoever waits or comes later is refused, servers go home.
     pub(crate) fn stop(&self) {
         self.stopped.store(true, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
         self.refuse_posted();
         self.posted.fetch_add(1, Ordering::SeqCst);
         park::wake(&self.posted, u32::MAX);
@@ -316,22 +320,33 @@ mod park {
     }
 }
 
-/// loom knows no futex: a sleeper looks again whenever others have run.
+/// loom knows no futex: one bell for all words, under whose lock a sleeper compares, as the kernel does under its own.
 #[cfg(loom)]
 mod park {
     use std::time::Duration;
 
-    use loom::sync::atomic::AtomicU32;
+    use loom::sync::atomic::{AtomicU32, Ordering};
+    use loom::sync::{Condvar, Mutex};
 
-    pub(super) fn wait(_: &AtomicU32, _: u32) {
-        loom::thread::yield_now();
+    loom::lazy_static! {
+        static ref BELL: (Mutex<()>, Condvar) = (Mutex::new(()), Condvar::new());
+    }
+
+    pub(super) fn wait(word: &AtomicU32, seen: u32) {
+        let quiet = BELL.0.lock().expect("loom aborts on panic");
+        if word.load(Ordering::SeqCst) == seen {
+            drop(BELL.1.wait(quiet));
+        }
     }
 
     pub(super) fn wait_for(word: &AtomicU32, seen: u32, _: Option<Duration>) {
         wait(word, seen);
     }
 
-    pub(super) fn wake(_: &AtomicU32, _: u32) {}
+    pub(super) fn wake(_: &AtomicU32, _: u32) {
+        let _quiet = BELL.0.lock();
+        BELL.1.notify_all();
+    }
 }
 
 #[cfg(all(test, not(loom)))]
@@ -411,5 +426,79 @@ mod tests {
             assert_eq!(caller.join().unwrap(), Answer::Refused);
         }
         assert_eq!(slots.call(request(0)), Answer::Refused);
+    }
+}
+
+/// Run with `RUSTFLAGS="--cfg loom" cargo test -p pinfold-fault --lib --release loom`.
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use loom::sync::Arc;
+    use loom::thread;
+
+    use super::*;
+
+    fn request(addr: usize) -> Request {
+        Request {
+            addr,
+            access: Access::Read,
+            waiter: Waiter::Slot,
+        }
+    }
+
+    fn bounded(model: impl Fn() + Send + Sync + 'static) {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound = Some(2);
+        builder.check(model);
+    }
+
+    #[test]
+    fn loom_two_callers_of_one_slot_get_their_own_answers() {
+        bounded(|| {
+            let slots = Arc::new(Slots::new());
+            let callers: Vec<_> = [1, 2]
+                .map(|addr| {
+                    let slots = Arc::clone(&slots);
+                    thread::spawn(move || {
+                        let expected = if addr == 1 {
+                            Answer::Refused
+                        } else {
+                            Answer::Served
+                        };
+                        assert_eq!(slots.call(request(addr)), expected);
+                    })
+                })
+                .into();
+            let mut served = 0;
+            while served < 2 {
+                if let Some(taken) = slots.take(None) {
+                    if taken.request().addr == 2 {
+                        taken.finish(Answer::Served);
+                    }
+                    served += 1;
+                }
+            }
+            for caller in callers {
+                caller.join().unwrap();
+            }
+        });
+    }
+
+    #[test]
+    fn loom_nobody_waits_for_servers_that_have_gone() {
+        bounded(|| {
+            let slots = Arc::new(Slots::new());
+            let theirs = Arc::clone(&slots);
+            let caller = thread::spawn(move || theirs.call(request(2)));
+            let theirs = Arc::clone(&slots);
+            let server = thread::spawn(move || {
+                if let Some(taken) = theirs.take(None) {
+                    taken.finish(Answer::Served);
+                }
+            });
+            slots.stop();
+            server.join().unwrap();
+            // Served or refused, but answered.
+            let _ = caller.join().unwrap();
+        });
     }
 }
