@@ -215,3 +215,38 @@ fn what_cannot_be_mapped_is_refused_by_name() {
         }
     });
 }
+
+#[test]
+fn a_forked_child_is_told_and_takes_nothing_from_its_parent() {
+    everywhere(|rig| {
+        let file = rig.file("a", 8 * PAGE, 1);
+        let map = rig.map(&file, MapAccess::Write);
+        store(&map, 0, 7);
+        // SAFETY: the child uses memory and system calls, neither threads nor what they might hold.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let told = |outcome: pinfold::Result<usize>| {
+                outcome.is_err_and(|error| error.errno() == Errno::ENOTCONN)
+            };
+            let right = told(file.read_at(&mut [0], 0))
+                && told(file.write_at(&[0], 0))
+                && told(map.read(0, &mut [0]))
+                && file.sync_all().is_err();
+            drop(map);
+            drop(file);
+            // SAFETY: ends the child without unwinding.
+            unsafe { libc::_exit(if right { 7 } else { 1 }) };
+        }
+        let mut status = 0;
+        // SAFETY: waits for our child.
+        unsafe { libc::waitpid(child, &raw mut status, 0) };
+        assert!(libc::WIFEXITED(status), "status {status:#x}");
+        assert_eq!(libc::WEXITSTATUS(status), 7);
+        let old = pattern(8 * PAGE, 1);
+        assert_eq!((load(&map, 0), load(&map, 5 * PAGE)), (7, old[5 * PAGE]));
+        store(&map, PAGE, 8);
+        file.sync_all().unwrap();
+        let stored = std::fs::read(rig.dir.path().join("a")).unwrap();
+        assert_eq!((stored[0], stored[PAGE]), (7, 8));
+    });
+}
