@@ -45,7 +45,7 @@ pub enum Advice {
 
 /// One address range that shows pages of a file.
 ///
-/// The range never changes; parts of it are given up by [`UserMapping::give_up`], and every page-table operation first
+/// The range never changes; parts of it are given up ([`Placed::unmap`](crate::Placed::unmap)), and every page-table operation first
 /// makes sure that its addresses are still ours.
 pub struct UserMapping {
     map: UserMap,
