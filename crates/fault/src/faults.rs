@@ -14,7 +14,7 @@ use pinfold_base::{Errno, PAGE_SIZE};
 use pinfold_cache::{CacheError, MapOutcome};
 use pinfold_mem::forked::Process;
 use pinfold_mem::mapped::{self, InsertError, Registration};
-use pinfold_mem::uffd::{Event, UffdError};
+use pinfold_mem::uffd::{Event, FaultKind, UffdError};
 use pinfold_mem::window::WindowError;
 use pinfold_mem::{
     Access, Delivery, MappedMemory, Privilege, Quiet, Uffd, UserMapKind, Window, quiet,
@@ -151,8 +151,9 @@ impl Shared {
         let Some(mapping) = self.find(event.addr) else {
             return;
         };
+        let protected = event.kind == FaultKind::WriteProtected;
         let at_once = catch_unwind(AssertUnwindSafe(|| {
-            mapping.try_serve(event.addr, event.access)
+            mapping.try_serve(event.addr, event.access, protected)
         }));
         if matches!(at_once, Ok(Some(MapOutcome::Mapped))) {
             mapping.wake(event.addr);
@@ -164,6 +165,7 @@ impl Shared {
         self.slots.submit(Request {
             addr: event.addr,
             access: event.access,
+            protected,
             waiter: Waiter::Kernel {
                 thread: event.thread,
             },
@@ -218,7 +220,8 @@ impl Shared {
             taken.finish(Answer::Served);
             return;
         };
-        let outcome = self.guarded(|| mapping.serve(request.addr, request.access));
+        let outcome =
+            self.guarded(|| mapping.serve(request.addr, request.access, request.protected));
         let refusal = match outcome {
             Ok(MapOutcome::Mapped) => None,
             Ok(MapOutcome::BeyondEnd) => Some(Refusal::BeyondEnd),

@@ -187,13 +187,8 @@ impl UserMapping {
         self.map.kind() == UserMapKind::Private
     }
 
-    /// Describes the fault at `addr`; `None` outside of the mapping.
-    fn fault_at(&self, addr: usize, access: Access) -> Option<Fault<'_>> {
-        let page = self.map.page_at(addr)?;
-        Some(self.fault_on(page, access))
-    }
-
-    fn fault_on(&self, page: u64, access: Access) -> Fault<'_> {
+    /// Describes a fault that is installed at `place`.
+    fn fault_on<'a>(&'a self, page: u64, access: Access, place: &'a Place<'_>) -> Fault<'a> {
         let advice = self.advice.load(Ordering::Relaxed);
         let block = match advice {
             random if random == Advice::Random as u8 => 1,
@@ -216,24 +211,36 @@ impl UserMapping {
             },
             around,
             ahead: (advice != Advice::Random as u8).then_some(&self.ahead),
-            to: self,
+            to: place,
         }
     }
 
     /// Serves a fault as far as that needs no waiting; may run in a signal handler.
-    pub(crate) fn try_serve(&self, addr: usize, access: Access) -> Option<MapOutcome> {
-        let fault = self.fault_at(addr, access)?;
+    pub(crate) fn try_serve(
+        &self,
+        addr: usize,
+        access: Access,
+        protected: bool,
+    ) -> Option<MapOutcome> {
+        let place = Place(self, protected);
+        let fault = self.fault_on(self.map.page_at(addr)?, access, &place);
         let outcome = self.target.try_fault(&fault)?;
         self.shared.counters.faults_minor.bump();
         Some(outcome)
     }
 
     /// Serves a fault, whatever it takes. Nothing is held.
-    pub(crate) fn serve(&self, addr: usize, access: Access) -> Result<MapOutcome, CacheError> {
-        let Some(fault) = self.fault_at(addr, access) else {
+    pub(crate) fn serve(
+        &self,
+        addr: usize,
+        access: Access,
+        protected: bool,
+    ) -> Result<MapOutcome, CacheError> {
+        let place = Place(self, protected);
+        let Some(page) = self.map.page_at(addr) else {
             return Ok(MapOutcome::Mapped);
         };
-        self.serve_fault(&fault)
+        self.serve_fault(&self.fault_on(page, access, &place))
     }
 
     fn serve_fault(&self, fault: &Fault<'_>) -> Result<MapOutcome, CacheError> {
@@ -252,7 +259,8 @@ impl UserMapping {
     /// As [`FaultTarget::fault`].
     pub fn bring_in(&self, page: u64, access: Access) -> Result<MapOutcome, CacheError> {
         self.shared.counters.note(access);
-        self.serve_fault(&self.fault_on(page, access))
+        let place = Place(self, false);
+        self.serve_fault(&self.fault_on(page, access, &place))
     }
 
     /// Makes sure that the thread which waits for `addr` in the kernel does so no longer: it faults again.
@@ -407,34 +415,41 @@ impl UserMapping {
     }
 }
 
-impl MapTarget for UserMapping {
+/// Where a fault's page goes, and whether it was mapped for reading when the fault was taken.
+struct Place<'a>(&'a UserMapping, bool);
+
+impl MapTarget for Place<'_> {
     fn covers(&self) -> Range<u64> {
-        self.map.pages()
+        self.0.map.pages()
     }
 
     fn shared(&self) -> bool {
-        !self.is_private()
+        !self.0.is_private()
+    }
+
+    fn protected(&self) -> bool {
+        self.1
     }
 
     fn copy(&self, page: u64, from: RawSpan, protect: bool) -> Installed {
         let pages = page..page + (from.len / PAGE) as u64;
-        self.install(pages, |addr, len| {
+        self.0.install(pages, |addr, len| {
             let from = RawSpan { len, ..from };
-            self.channel.uffd().copy(addr, from, protect)
+            self.0.channel.uffd().copy(addr, from, protect)
         })
     }
 
     fn resume(&self, pages: Range<u64>, protect: bool) -> Installed {
         // A private page is shared until the kernel copies it at the first store, which we need not know of.
-        let protect = protect && !self.is_private();
-        self.install(pages, |addr, len| {
-            self.channel.uffd().resume(addr, len, protect)
+        let protect = protect && !self.0.is_private();
+        self.0.install(pages, |addr, len| {
+            self.0.channel.uffd().resume(addr, len, protect)
         })
     }
 
     fn unprotect(&self, pages: Range<u64>) {
-        self.each_live(&pages, |addr, len| {
-            let _ = self.channel.uffd().unprotect(addr, len);
+        self.0.each_live(&pages, |addr, len| {
+            let _ = self.0.channel.uffd().unprotect(addr, len);
         });
     }
 }
@@ -448,7 +463,7 @@ impl MappedMemory for UserMapping {
         rule_zero("a fault in mapped memory");
         let counters = &self.shared.counters;
         counters.note(access);
-        let served = match self.try_serve(addr, access) {
+        let served = match self.try_serve(addr, access, false) {
             Some(MapOutcome::Mapped) => true,
             Some(MapOutcome::BeyondEnd) => false,
             None => {
@@ -456,6 +471,7 @@ impl MappedMemory for UserMapping {
                 let request = Request {
                     addr,
                     access,
+                    protected: false,
                     waiter: Waiter::Slot,
                 };
                 self.shared.slots.call(request) == Answer::Served

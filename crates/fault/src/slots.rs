@@ -50,6 +50,8 @@ pub(crate) enum Waiter {
 pub(crate) struct Request {
     pub(crate) addr: usize,
     pub(crate) access: Access,
+    /// The page was mapped, for reading only.
+    pub(crate) protected: bool,
     pub(crate) waiter: Waiter,
 }
 
@@ -67,6 +69,7 @@ struct Slot {
     state: AtomicU32,
     addr: AtomicUsize,
     write: AtomicBool,
+    protected: AtomicBool,
     /// The thread of [`Waiter::Kernel`]; 0 for [`Waiter::Slot`].
     thread: AtomicU32,
 }
@@ -93,6 +96,7 @@ impl Slots {
                 state: AtomicU32::new(FREE),
                 addr: AtomicUsize::new(0),
                 write: AtomicBool::new(false),
+                protected: AtomicBool::new(false),
                 thread: AtomicU32::new(0),
             }),
             posted: AtomicU32::new(0),
@@ -131,6 +135,7 @@ impl Slots {
         slot.addr.store(request.addr, Ordering::Relaxed);
         slot.write
             .store(request.access == Access::Write, Ordering::Relaxed);
+        slot.protected.store(request.protected, Ordering::Relaxed);
         let thread = match request.waiter {
             Waiter::Kernel { thread } => thread,
             Waiter::Slot => 0,
@@ -267,6 +272,7 @@ impl Taken<'_> {
             } else {
                 Access::Read
             },
+            protected: self.slot.protected.load(Ordering::Relaxed),
             waiter: match self.slot.thread.load(Ordering::Relaxed) {
                 0 => Waiter::Slot,
                 thread => Waiter::Kernel { thread },
@@ -361,6 +367,7 @@ mod tests {
         Request {
             addr,
             access: Access::Read,
+            protected: false,
             waiter: Waiter::Slot,
         }
     }
@@ -441,6 +448,7 @@ mod loom_tests {
         Request {
             addr,
             access: Access::Read,
+            protected: false,
             waiter: Waiter::Slot,
         }
     }
