@@ -51,6 +51,8 @@ mod checked {
 
     thread_local! {
         static HELD: Counts = const { Counts([const { Cell::new(0) }; Rank::ALL.len()]) };
+        /// Transfers of this thread that hold pins.
+        static PINS: Cell<u32> = const { Cell::new(0) };
     }
 
     impl Counts {
@@ -82,10 +84,15 @@ mod checked {
     /// Notes that this thread takes a lock of class `rank`.
     ///
     /// # Panics
-    /// When a lock of a higher class is held already, or of the same class where that is not allowed.
+    /// When a lock of a higher class is held already, or of the same class where that is not allowed; when this thread
+    /// holds pins ([`hold_pins`]).
     #[must_use]
     #[track_caller]
     pub fn enter(rank: Rank) -> Held {
+        assert!(
+            rank == Rank::Leaf || PINS.get() == 0,
+            "pins are leaves: {rank:?} taken while pages are pinned"
+        );
         HELD.with(|held| {
             if let Some(top) = held.highest() {
                 // Folios of one file are taken in ascending order and two inodes by number: equal ranks pass.
@@ -112,12 +119,33 @@ mod checked {
         });
     }
 
-    /// Asserts INV9: this thread holds no lock of the library.
+    /// Evidence that a transfer of this thread holds pins.
+    #[derive(Debug)]
+    pub struct PinsHeld(std::marker::PhantomData<*const ()>);
+
+    /// Notes that this thread holds pins: it takes no lock of classes 1 to 5 until the result is dropped.
+    #[must_use]
+    pub fn hold_pins() -> PinsHeld {
+        PINS.set(PINS.get() + 1);
+        PinsHeld(std::marker::PhantomData)
+    }
+
+    impl Drop for PinsHeld {
+        fn drop(&mut self) {
+            PINS.set(PINS.get().saturating_sub(1));
+        }
+    }
+
+    /// Asserts INV9: this thread holds no lock of the library, and no pins.
     ///
     /// # Panics
     /// When it holds one.
     #[track_caller]
     pub fn rule_zero(place: &str) {
+        assert!(
+            PINS.get() == 0,
+            "rule zero broken at {place}: pages are pinned"
+        );
         HELD.with(|held| {
             assert!(
                 held.highest().is_none(),
@@ -146,12 +174,23 @@ mod checked {
     #[inline(always)]
     pub fn leave(_rank: Rank) {}
 
+    /// Evidence that a transfer holds pins; empty in release builds.
+    #[derive(Debug)]
+    pub struct PinsHeld(std::marker::PhantomData<*const ()>);
+
+    /// Does nothing in release builds.
+    #[must_use]
+    #[inline(always)]
+    pub fn hold_pins() -> PinsHeld {
+        PinsHeld(std::marker::PhantomData)
+    }
+
     /// Does nothing in release builds.
     #[inline(always)]
     pub fn rule_zero(_place: &str) {}
 }
 
-pub use checked::{Held, enter, leave, rule_zero};
+pub use checked::{Held, PinsHeld, enter, hold_pins, leave, rule_zero};
 
 /// A guard together with its place in the order.
 #[derive(Debug)]
@@ -255,6 +294,21 @@ mod tests {
     #[should_panic(expected = "rule zero broken")]
     fn a_fault_under_a_lock_panics() {
         let _folio = enter(Rank::Folio);
+        rule_zero("test");
+    }
+
+    #[test]
+    #[should_panic(expected = "pins are leaves")]
+    fn a_folio_lock_while_pages_are_pinned_panics() {
+        let _pins = hold_pins();
+        drop(enter(Rank::Leaf));
+        let _folio = enter(Rank::Folio);
+    }
+
+    #[test]
+    #[should_panic(expected = "rule zero broken")]
+    fn a_fault_while_pages_are_pinned_panics() {
+        let _pins = hold_pins();
         rule_zero("test");
     }
 

@@ -13,6 +13,7 @@ use pinfold_mem::{Arena, ArenaError, Frame};
 
 use crate::file::FilePages;
 use crate::index::{Index, Key};
+use crate::pin::PinSite;
 use crate::policy::Policy;
 use crate::slots::Slots;
 use crate::state::{LOCKED, StateWord, UPTODATE, USERS_MASK, WRITEBACK};
@@ -145,6 +146,7 @@ pub struct Cache {
     pub(crate) policy: Policy,
     pub(crate) waits: WaitTable,
     pub(crate) counters: CacheCounters,
+    pub(crate) pin_sites: crate::pin::sites::Sites,
     pub(crate) config: CacheConfig,
     pub(crate) dirty_pages: AtomicUsize,
     pub(crate) writing_pages: AtomicUsize,
@@ -183,6 +185,7 @@ impl Cache {
             policy: Policy::new(frames),
             waits: WaitTable::default(),
             counters: CacheCounters::default(),
+            pin_sites: crate::pin::sites::Sites::default(),
             config,
             dirty_pages: AtomicUsize::new(0),
             writing_pages: AtomicUsize::new(0),
@@ -217,6 +220,12 @@ impl Cache {
     #[must_use]
     pub fn pages_max(&self) -> usize {
         self.headers.len()
+    }
+
+    /// Lists the pins held now, with the place each was taken, in debug builds; release builds do not remember.
+    #[must_use]
+    pub fn pins_held(&self) -> Vec<PinSite> {
+        self.pin_sites.list()
     }
 
     /// Counts what the frames are now, by looking at every one: for tests and for the curious.

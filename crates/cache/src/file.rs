@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
@@ -80,6 +80,8 @@ pub struct FilePages {
     pub(crate) dirty: Mutex<DirtyState>,
     errors: ErrSeq,
     owner: OnceLock<Weak<dyn Owner>>,
+    /// Pins that last as long as the program likes.
+    pub(crate) pins_kept: AtomicUsize,
     /// Whether the flusher knows this file.
     pub(crate) listed: AtomicBool,
 }
@@ -128,6 +130,7 @@ impl FilePages {
             dirty: Mutex::new(DirtyState::default()),
             errors: ErrSeq::default(),
             owner: OnceLock::new(),
+            pins_kept: AtomicUsize::new(0),
             listed: AtomicBool::new(false),
         })
     }
@@ -698,14 +701,15 @@ impl FilePages {
         self.discard(end.div_ceil(PAGE_SIZE)..u64::MAX);
     }
 
-    /// Drops the clean pages of `range`; returns false if any was dirty and stayed.
+    /// Drops the clean pages of `range`, once their transfers have ended; returns false if any was dirty and stayed, or is
+    /// pinned by the program itself for as long as that likes.
     pub fn invalidate(&self, range: Range<u64>) -> bool {
         let mut all = true;
         let mut going = Going::new(self);
         for page in self.cached_pages(range) {
             if let Some(folio) = self.lock(page) {
                 folio.wait_writeback();
-                if folio.is_dirty() {
+                if folio.is_dirty() || folio.is_kept() {
                     all = false;
                 } else {
                     going.push(folio);

@@ -49,6 +49,10 @@ impl<'a> Folio<'a> {
         self.file.cache()
     }
 
+    pub(crate) fn file(&self) -> &'a FilePages {
+        self.file
+    }
+
     pub(crate) fn homes(&self) -> &'a pinfold_mem::Homes {
         self.file.homes()
     }

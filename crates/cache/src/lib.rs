@@ -56,7 +56,7 @@ pub use folio::Folio;
 pub use gate::Gate;
 pub use lease::{Lease, PageRef};
 pub use map::{MapOutcome, MapTarget, ReverseMap};
-pub use pin::PagePin;
+pub use pin::{PagePin, PinRefusal, PinSite};
 pub use readahead::ReadAhead;
 pub use state::PinKind;
 pub use writeback::{Mode, Pace};

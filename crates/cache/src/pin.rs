@@ -1,13 +1,17 @@
 //! Pages pinned for device I/O (SEMANTICS.md section E).
 //!
-//! *Owns*: the pin, given back by `Drop`, and its count: acquired equals released when nothing is under way.
+//! *Owns*: the pin, given back by `Drop`, and its count: acquired equals released when nothing is under way. Debug builds
+//! remember where each pin was taken ([`Cache::pins_held`](crate::Cache::pins_held)), and panic with that place when one is
+//! given back that is not held.
 //!
 //! *Does not own*: the transfer.
 //!
 //! *Locking*: a pin is a leaf. Whoever holds one takes no lock of classes 1 to 5 until the transfer has ended: truncation,
 //! eviction and the move between homes wait for it.
 
+use std::panic::Location;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use pinfold_base::Errno;
 use pinfold_mem::{Access, Frame, Segments};
@@ -15,8 +19,9 @@ use pinfold_mem::{Access, Frame, Segments};
 use crate::CacheError;
 use crate::file::FilePages;
 use crate::folio::Folio;
+use crate::index::Key;
 use crate::map::{MapOutcome, MapTarget};
-use crate::state::PinKind;
+use crate::state::{PinKind, pins};
 
 /// A page whose memory stays where it is while a device uses it.
 #[derive(Debug)]
@@ -25,7 +30,106 @@ pub struct PagePin {
     page: u64,
     frame: Frame,
     kind: PinKind,
+    term: Term,
+    note: Note,
 }
+
+/// How long a pin may last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Term {
+    /// One transfer: whoever wants the page gone waits.
+    Transfer,
+    /// As long as the program likes: nobody whose own thread may hold it waits.
+    Program,
+}
+
+/// Where a pin was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PinSite {
+    /// The page's number in its file.
+    pub page: u64,
+    /// What for.
+    pub kind: PinKind,
+    /// The call that took it.
+    pub place: &'static Location<'static>,
+}
+
+/// Why a page was not pinned at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PinRefusal {
+    /// Not cached, being filled or changed, or to be written to and not dirty.
+    Cold,
+    /// It has as many pins as it may have (`ENOMEM`).
+    TooMany,
+}
+
+#[cfg(debug_assertions)]
+pub(crate) mod sites {
+    //! The pins that are held, by number.
+
+    use std::collections::BTreeMap;
+
+    use pinfold_base::sync::Mutex;
+
+    use super::PinSite;
+
+    /// Names a pin in the list.
+    #[derive(Debug)]
+    pub(crate) struct Note(u64, PinSite);
+
+    #[derive(Debug, Default)]
+    pub(crate) struct Sites(Mutex<(u64, BTreeMap<u64, PinSite>)>);
+
+    impl Sites {
+        pub(super) fn add(&self, site: PinSite) -> Note {
+            let mut held = self.0.lock();
+            held.0 += 1;
+            let number = held.0;
+            held.1.insert(number, site);
+            Note(number, site)
+        }
+
+        pub(super) fn remove(&self, note: &Note) {
+            let was = self.0.lock().1.remove(&note.0);
+            assert!(
+                was.is_some(),
+                "a pin that is not held is given back: {:?}",
+                note.1
+            );
+        }
+
+        pub(crate) fn list(&self) -> Vec<PinSite> {
+            self.0.lock().1.values().copied().collect()
+        }
+    }
+}
+
+#[cfg(not(debug_assertions))]
+pub(crate) mod sites {
+    use super::PinSite;
+
+    #[derive(Debug)]
+    pub(crate) struct Note;
+
+    #[derive(Debug, Default)]
+    pub(crate) struct Sites;
+
+    impl Sites {
+        #[inline(always)]
+        pub(super) fn add(&self, _site: PinSite) -> Note {
+            Note
+        }
+
+        #[inline(always)]
+        pub(super) fn remove(&self, _note: &Note) {}
+
+        pub(crate) fn list(&self) -> Vec<PinSite> {
+            Vec::new()
+        }
+    }
+}
+
+use sites::Note;
 
 impl FilePages {
     /// Brings a page in and pins it; `None` beyond the end. Pinned for writing it is dirty from now on (INV3), and no
@@ -35,6 +139,7 @@ impl FilePages {
     ///
     /// # Errors
     /// As of [`FilePages::map`]; [`CacheError::TooManyPins`], with nothing changed.
+    #[track_caller]
     pub fn pin(self: &Arc<Self>, page: u64, kind: PinKind) -> Result<Option<PagePin>, CacheError> {
         let Some(folio) = self.lock_valid(page)? else {
             return Ok(None);
@@ -56,6 +161,7 @@ impl FilePages {
     ///
     /// # Errors
     /// As of [`FilePages::map`]; [`CacheError::TooManyPins`].
+    #[track_caller]
     pub fn pin_mapped(
         self: &Arc<Self>,
         page: u64,
@@ -82,26 +188,88 @@ impl FilePages {
         }
     }
 
+    #[track_caller]
     fn pin_locked(
         self: &Arc<Self>,
         folio: &Folio<'_>,
         kind: PinKind,
     ) -> Result<PagePin, CacheError> {
         let (page, frame) = (folio.page(), folio.frame());
+        // Before the pin, under the lock that those take who look.
+        self.pins_kept.fetch_add(1, Ordering::AcqRel);
         match self.cache().header(frame).state.pin_locked(kind) {
-            Ok(_) => {
-                self.cache().counters.foll_pin_acquired.bump();
-                Ok(PagePin {
-                    file: Arc::clone(self),
-                    page,
-                    frame,
-                    kind,
+            Ok(_) => Ok(self.pinned(page, frame, kind, Term::Program)),
+            Err(errno) => {
+                self.pins_kept.fetch_sub(1, Ordering::AcqRel);
+                // Valid and locked by us, so nothing else refuses; but an answer is better than a promise.
+                Err(match errno {
+                    Errno::ENOMEM => CacheError::TooManyPins,
+                    _ => CacheError::WouldBlock,
                 })
             }
-            Err(Errno::ENOMEM) => Err(CacheError::TooManyPins),
-            // Valid and locked by us, so nothing else refuses; but an answer is better than a promise.
-            Err(_) => Err(CacheError::WouldBlock),
         }
+    }
+
+    /// Pins a page for one transfer if it is there, valid and, to be written to, dirty. Waits for nobody and takes no lock of
+    /// classes 1 to 5; whoever holds it takes none either.
+    ///
+    /// # Errors
+    /// [`PinRefusal`]; nothing has changed then.
+    #[track_caller]
+    pub fn try_pin(self: &Arc<Self>, page: u64, kind: PinKind) -> Result<PagePin, PinRefusal> {
+        let key = Key {
+            file: self.id(),
+            page,
+        };
+        let cache = self.cache();
+        for frame in cache.index.candidates(key.hash()) {
+            let header = cache.header(frame);
+            if !header.is(key) {
+                continue;
+            }
+            match header.state.pin_ready(kind) {
+                // A pinned frame keeps its page, so now it tells whose it is.
+                Ok(_) if header.is(key) => {
+                    return Ok(self.pinned(page, frame, kind, Term::Transfer));
+                }
+                Ok(_) => {
+                    if header.state.unpin(kind) {
+                        cache.wake(frame);
+                    }
+                }
+                Err(Errno::ENOMEM) => return Err(PinRefusal::TooMany),
+                Err(_) => {}
+            }
+        }
+        Err(PinRefusal::Cold)
+    }
+
+    #[track_caller]
+    fn pinned(self: &Arc<Self>, page: u64, frame: Frame, kind: PinKind, term: Term) -> PagePin {
+        self.cache().counters.foll_pin_acquired.bump();
+        let place = Location::caller();
+        let note = self.cache().pin_sites.add(PinSite { page, kind, place });
+        PagePin {
+            file: Arc::clone(self),
+            page,
+            frame,
+            kind,
+            term,
+            note,
+        }
+    }
+
+    /// Makes an empty list for the memory of pinned pages of this file.
+    #[must_use]
+    pub fn segments(&self) -> Segments {
+        self.homes().segments()
+    }
+}
+
+impl Folio<'_> {
+    /// Tells whether the program itself keeps the page pinned, perhaps in the very thread that asks.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.file().pins_kept.load(Ordering::Acquire) > 0 && pins(self.state()) > 0
     }
 }
 
@@ -118,13 +286,7 @@ impl PagePin {
         self.file.homes().addr(self.frame, self.page)
     }
 
-    /// Makes an empty list for the memory of pages of the same file.
-    #[must_use]
-    pub fn segments(&self) -> Segments {
-        self.file.homes().segments()
-    }
-
-    /// Appends bytes `at .. at + len` of the page to a list that [`PagePin::segments`] made.
+    /// Appends bytes `at .. at + len` of the page to a list that [`FilePages::segments`] of its file made.
     ///
     /// # Panics
     /// When the range leaves the page.
@@ -137,7 +299,12 @@ impl PagePin {
 impl Drop for PagePin {
     fn drop(&mut self) {
         let cache = self.file.cache();
+        cache.pin_sites.remove(&self.note);
+        // Counted first: who is woken by the last pin finds the counts equal.
         cache.counters.foll_pin_released.bump();
+        if self.term == Term::Program {
+            self.file.pins_kept.fetch_sub(1, Ordering::AcqRel);
+        }
         if cache.header(self.frame).state.unpin(self.kind) {
             cache.wake(self.frame);
         }

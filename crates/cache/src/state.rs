@@ -349,7 +349,20 @@ impl StateWord {
     /// # Errors
     /// `EAGAIN` when the page is not there, locked or not valid; `ENOMEM` when the count is at its limit.
     pub fn pin(&self, kind: PinKind) -> Result<u64, Errno> {
-        self.pin_if(kind, PRESENT | UPTODATE)
+        self.pin_if(kind, PRESENT | UPTODATE, 0)
+    }
+
+    /// As [`StateWord::pin`], of a page that, to be written to, is dirty already: what has to be known before a first store
+    /// is known, and the pin changes nothing but the count.
+    ///
+    /// # Errors
+    /// As of [`StateWord::pin`], and `EAGAIN` when it is clean.
+    pub fn pin_ready(&self, kind: PinKind) -> Result<u64, Errno> {
+        let ready = match kind {
+            PinKind::Read => 0,
+            PinKind::Write => DIRTY,
+        };
+        self.pin_if(kind, PRESENT | UPTODATE, ready)
     }
 
     /// As [`StateWord::pin`], by the holder of the page's lock.
@@ -357,17 +370,17 @@ impl StateWord {
     /// # Errors
     /// As of [`StateWord::pin`], and `EAGAIN` when it is not locked.
     pub fn pin_locked(&self, kind: PinKind) -> Result<u64, Errno> {
-        self.pin_if(kind, PRESENT | UPTODATE | LOCKED)
+        self.pin_if(kind, PRESENT | UPTODATE | LOCKED, 0)
     }
 
-    fn pin_if(&self, kind: PinKind, wanted: u64) -> Result<u64, Errno> {
+    fn pin_if(&self, kind: PinKind, wanted: u64, ready: u64) -> Result<u64, Errno> {
         let (one, mask, also) = match kind {
             PinKind::Read => (RPIN_ONE, RPIN_MASK, 0),
             PinKind::Write => (WPIN_ONE, WPIN_MASK, DIRTY),
         };
         let mut state = self.0.load(Ordering::Relaxed);
         loop {
-            if state & (PRESENT | UPTODATE | LOCKED | ZOMBIE) != wanted {
+            if state & (PRESENT | UPTODATE | LOCKED | ZOMBIE) != wanted || state & ready != ready {
                 return Err(Errno::EAGAIN);
             }
             if state & mask == mask {
@@ -394,6 +407,10 @@ impl StateWord {
         };
         let before = self.0.fetch_sub(one, Ordering::AcqRel);
         debug_assert_ne!(before & mask, 0, "a pin was given back twice");
+        debug_assert!(
+            kind == PinKind::Read || before & DIRTY != 0 || before & UPTODATE == 0,
+            "a page was cleaned while a device wrote to it (INV3): {before:#x}"
+        );
         before & WAITERS != 0
     }
 

@@ -307,7 +307,7 @@ fn e9_a_page_that_a_device_writes_to_is_stored_as_a_copy_and_stays_dirty() {
         |rig, file, store, program| {
             assert_eq!(program.load(1, 0), 2);
             let pin = file.pin(1, PinKind::Write).unwrap().unwrap();
-            let mut segments = pin.segments();
+            let mut segments = file.segments();
             pin.push(&mut segments, 0, PAGE);
             segments.copy_from(0, b"device");
             file.write_back(0..u64::MAX, Mode::Opportunistic).unwrap();

@@ -7,10 +7,12 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use pinfold_base::rank::rule_zero;
 use pinfold_base::{Errno, PAGE_SIZE};
-use pinfold_cache::{CacheError, FilePages, MapOutcome, MapTarget, ReadAhead, Want};
+use pinfold_cache::{
+    CacheError, FilePages, MapOutcome, MapTarget, PinKind, PinRefusal, ReadAhead, Want,
+};
 use pinfold_mem::{
-    Access, Delivery, InstallStop, Installed, Lent, MappedMemory, RawSpan, SignalVerdict, UserMap,
-    UserMapKind, futex,
+    Access, Delivery, InstallStop, Installed, Lent, MappedMemory, PinStop, PinnedPart, RawSpan,
+    SignalVerdict, UserMap, UserMapKind, futex,
 };
 use smallvec::{SmallVec, smallvec};
 
@@ -525,6 +527,48 @@ impl MappedMemory for UserMapping {
             }
         }
         Lent::Done(done)
+    }
+
+    fn pin(&self, addr: usize, len: usize, access: Access) -> PinnedPart {
+        let kind = match access {
+            Access::Read => PinKind::Read,
+            Access::Write => PinKind::Write,
+        };
+        match (self.map.kind(), kind) {
+            (UserMapKind::Private, _) => return PinnedPart::none(PinStop::Private),
+            (UserMapKind::SharedRead, PinKind::Write) => {
+                return PinnedPart::none(PinStop::Forbidden);
+            }
+            (UserMapKind::SharedRead | UserMapKind::SharedWrite, _) => {}
+        }
+        let mut segments = self.pages().segments();
+        let mut pins = Vec::with_capacity(len.div_ceil(PAGE) + 1);
+        let stop = loop {
+            let done = segments.bytes();
+            if done == len {
+                break None;
+            }
+            let Some(page) = self.map.page_at(addr + done) else {
+                break Some(PinStop::Cold);
+            };
+            if self.is_beyond(page) {
+                break Some(PinStop::Forbidden);
+            }
+            match self.pages().try_pin(page, kind) {
+                Ok(pin) => {
+                    let at = (addr + done) % PAGE;
+                    pin.push(&mut segments, at, (PAGE - at).min(len - done));
+                    pins.push(pin);
+                }
+                Err(PinRefusal::Cold) => break Some(PinStop::Cold),
+                Err(PinRefusal::TooMany) => break Some(PinStop::TooMany),
+            }
+        };
+        PinnedPart {
+            segments,
+            pins: Box::new(pins),
+            stop,
+        }
     }
 
     fn fault_in(&self, addr: usize, len: usize, access: Access) -> usize {

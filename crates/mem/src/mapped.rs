@@ -27,6 +27,7 @@ use smallvec::SmallVec;
 
 use crate::copy::Access;
 use crate::epochs::{Epochs, back_off};
+use crate::lend::{PinStop, PinnedPart};
 
 /// The most address ranges the table holds; the kernel's own limit is 65530 (vm.max_map_count).
 pub const MAPPINGS_MAX: usize = 32768;
@@ -72,6 +73,13 @@ pub trait MappedMemory: Send + Sync {
         access: Access,
         copy: &mut dyn FnMut(*mut u8, usize) -> usize,
     ) -> Lent;
+
+    /// Pins up to `len` bytes at `addr` for a transfer that reads them, or writes to them for [`Access::Write`], as far as
+    /// that needs no waiting, no fault and no I/O; any lock may be held. Memory that knows no pins is copied.
+    fn pin(&self, addr: usize, len: usize, access: Access) -> PinnedPart {
+        let _ = (addr, len, access);
+        PinnedPart::none(PinStop::Private)
+    }
 
     /// Makes bytes accessible, with nothing held: reads pages in; for [`Access::Write`] does what a first store does, and
     /// stores nothing. Returns the bytes NOT made accessible, counted from the first that was not.

@@ -86,14 +86,6 @@ impl IoSpan {
     }
 }
 
-/// A buffer lies, at least in part, in a mapping of ours: a transfer to it would need us to resolve its faults, or bypass
-/// the protection that tells us of stores (SEMANTICS.md section 0, fact 5). Transfer to other memory and copy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct OwnMapping {
-    /// The first such part of the buffer.
-    pub span: RawSpan,
-}
-
 /// Spans in file order for one transfer, with what keeps their memory alive.
 #[derive(Clone)]
 pub struct Segments {
@@ -151,48 +143,15 @@ impl Segments {
         self.spans.push(IoSpan { addr, len });
     }
 
-    /// Runs `work` with a list of what is ahead of a user cursor, for I/O that goes to the user's memory itself.
-    ///
-    /// Returns only when every copy of the list is gone, that is, when every transfer over it has ended: the caller's
-    /// borrow covers all accesses. The addresses need not be mapped; the kernel answers `EFAULT`. Only the kernel may
-    /// access them.
-    ///
-    /// # Errors
-    /// [`OwnMapping`]: `work` was not run.
-    pub fn lend_user<R>(
-        cursor: &crate::iov::IovCursor<'_>,
-        work: impl FnOnce(&Self) -> R,
-    ) -> Result<R, OwnMapping> {
-        /// Waits on every way out, panics included.
-        struct Borrow(Segments);
-        impl Drop for Borrow {
-            fn drop(&mut self) {
-                while Arc::strong_count(&self.0.keep) > 1 {
-                    // A completion has run already; the engine lets go of its copy within microseconds.
-                    std::thread::yield_now();
-                }
-            }
-        }
-        if let Some(span) = cursor
-            .spans_ahead()
-            .find(|span| crate::mapped::touches(span.addr, span.len))
-        {
-            return Err(OwnMapping { span });
-        }
-        let mut lent = Borrow(Self::new(Arc::new(())));
-        for span in cursor.spans_ahead() {
-            let addr = std::ptr::with_exposed_provenance_mut(span.addr);
-            // SAFETY: the cursor's borrow outlives `lent`, whose drop waits for every copy of the list; the memory is
-            // accessed by the kernel alone, which copes with bad addresses.
-            unsafe { lent.0.push_raw(addr, span.len) };
-        }
-        Ok(work(&lent.0))
-    }
-
     /// Returns the spans in file order.
     #[must_use]
     pub fn spans(&self) -> &[IoSpan] {
         &self.spans
+    }
+
+    /// Tells whether another list keeps what this one keeps: a copy of it, or a part.
+    pub(crate) fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.keep) > 1
     }
 
     /// Returns the sum of the spans' lengths, in bytes.

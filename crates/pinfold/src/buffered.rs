@@ -7,9 +7,10 @@
 use pinfold_base::{PAGE_SIZE, Progress};
 use pinfold_cache::{CacheError, PageRef, Want};
 use pinfold_mem::{AlignedBuf, CopyStop, IovCursor, Segments};
+use pinfold_store::StoreError;
 use std::sync::Arc;
 
-use crate::direct::past_cache;
+use crate::direct::{Cached, past_cache};
 use crate::engine::Reserve;
 use crate::error::Error;
 use crate::file::File;
@@ -177,16 +178,22 @@ impl File {
             };
             let segments = Segments::of_buf(&Arc::new(buf), len);
             let _blocked = inode.pages().gate().block();
-            let written = past_cache(inode, pos, len, || {
-                inode.object().write_wait(pos, &segments)
+            let written: Progress<Unstored> = past_cache(inode, pos, len, || {
+                let written = inode.object().write_wait(pos, &segments);
+                written.map_stop(Unstored::Store)
             });
             cursor.restore(mark);
             // At most BOUNCE_BYTES.
             cursor.advance(written.done as usize);
             pos += written.done;
             done += written.done;
-            if let Some(error) = written.stop {
-                break Some(Error::store("write", error));
+            match written.stop {
+                Some(Unstored::Store(error)) => break Some(Error::store("write", error)),
+                // Nothing of such a file is ever dirty, and it has no mappings.
+                Some(Unstored::Cached) => {
+                    break Some(Error::invalid("write", pinfold_base::Errno::EBUSY));
+                }
+                None => {}
             }
             if written.done == 0 {
                 // The store took nothing and gave no reason: asking again would not end.
@@ -194,6 +201,24 @@ impl File {
             }
         };
         (Progress { done, stop }, pos)
+    }
+}
+
+/// Why bytes did not reach the store.
+enum Unstored {
+    Store(StoreError),
+    Cached,
+}
+
+impl From<StoreError> for Unstored {
+    fn from(error: StoreError) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl From<Cached> for Unstored {
+    fn from(_: Cached) -> Self {
+        Self::Cached
     }
 }
 

@@ -1,15 +1,27 @@
-//! Direct I/O: SEMANTICS.md section C, the part that keeps the cache honest.
+//! Direct I/O: SEMANTICS.md section C.
 //!
-//! Ordinary memory is given to the kernel as it is; memory that is mapped from a file goes through a buffer of our own, which is
-//! filled and emptied with nothing held.
+//! *Owns*: the order of steps that keeps the cache honest, and what a call does about memory it cannot have at once.
 //!
 //! A write blocks the gate until it has completed, so that nobody refills its range from the store meanwhile (C-1), and
 //! invalidates what it covers before and after, whatever the outcome (C-10). A read writes back what is dirty in its
 //! range first. Bytes the device moved before a bad buffer are told: the prefix, not the error.
+//!
+//! *Locking*: inode lock, gate, and last the pins of buffers that are mapped from files; those are back before anything
+//! else is taken. Memory that is not there is brought in with nothing held, and what was checked is checked again.
+//!
+//! ```text
+//!  round: lock, block the gate, drop cached pages | pin, transfer, unpin | drop cached pages, let go of all
+//!    |- all of it moved ─────────────► done
+//!    |- stopped at a cold page ──────► bring it in; next round, from the byte reached
+//!    |- twice at the same byte ──────► by way of a buffer of our own, filled or emptied with nothing held (C-7)
+//!    |- a cached page will not go ───► through the cache, and store it from there (T40)
+//!    '- plain memory refused ────────► what is accessible of it, then EFAULT
+//! ```
 
 use pinfold_base::{Errno, PAGE_SIZE, Progress, page_span};
 use pinfold_cache::CacheError;
-use pinfold_mem::{AlignedBuf, IovCursor, Segments, faultin, mapped};
+use pinfold_mem::lend::Limits;
+use pinfold_mem::{AlignedBuf, IovCursor, PinStop, Segments, faultin, mapped};
 use pinfold_store::{Object, StoreError};
 
 use crate::error::Error;
@@ -21,6 +33,12 @@ use crate::io::{IoOptions, bad_buffer, clamp_write, copy_waiting};
 const BOUNCE_BYTES: usize = 1 << 20;
 /// The same for what is appended: so much goes in one piece.
 const APPEND_BOUNCE_BYTES: usize = 16 << 20;
+/// Mapped bytes that one transfer pins at most.
+const PIN_BYTES_MAX: usize = 1 << 20;
+/// The same as a share of the budget: others need frames while a device is slow.
+const PIN_SHARE: usize = 8;
+/// Times a write tries to get its range out of the cache before it goes through the cache.
+const INVALIDATE_TRIES_MAX: u32 = 2;
 
 impl File {
     pub(crate) fn read_direct(
@@ -29,62 +47,35 @@ impl File {
         offset: u64,
         how: &IoOptions<'_>,
     ) -> Progress<Error> {
-        let inode = self.inode();
-        let end = inode.len();
         // At the end there is nothing to read, whatever the alignment (section C).
-        if cursor.count() == 0 || offset >= end {
+        if cursor.count() == 0 || offset >= self.inode().len() {
             return Progress::complete(0);
         }
-        let object = inode.object().as_ref();
+        let object = self.inode().object().as_ref();
         if let Err(error) = check_alignment("read", object, offset, cursor) {
             return Progress::stopped(0, error);
         }
-        if touches_mappings(cursor) {
-            return self.read_bounced(cursor, offset, how);
-        }
-        let wanted = offset..offset.saturating_add(cursor.count() as u64);
-        if how.nowait
-            && inode
-                .pages()
-                .next_dirty(offset / PAGE_SIZE)
-                .is_some_and(|page| page * PAGE_SIZE < wanted.end)
-        {
-            return Progress::stopped(0, Error::cache("read", CacheError::WouldBlock));
-        }
-        if let Err(error) = inode.flush_range(wanted) {
-            return Progress::stopped(0, Error::store("read", error));
-        }
-        // Nothing past the block that holds the end is touched.
-        let block = u64::from(object.geometry().block.max(1));
-        let reach = end.div_ceil(block).saturating_mul(block) - offset;
-        let below_end = end - offset;
-        let held_back = cursor.count();
-        cursor.truncate(usize::try_from(reach).unwrap_or(usize::MAX));
-        let asked = cursor.count() as u64;
-        let submit = |segments: &Segments| object.read_wait(offset, segments);
-        let mut moved = transfer(cursor, submit);
-        if let Some(Stop::BadBuffer) = moved.stop {
-            // The kernel may refuse the whole for one bad page: what is good of it is still to be had.
-            let good = accessible(cursor, PAGE_SIZE as usize);
-            if good > moved.done as usize {
-                let whole = cursor.truncate(good);
-                moved.done = moved.done.max(transfer(cursor, submit).done);
-                cursor.reexpand(whole);
+        let mut call = Call::new("read", self.inode(), offset, cursor, how);
+        let mut done_before = 0;
+        let stop = loop {
+            let round = if call.bounces() {
+                self.read_bounced(cursor, offset + done_before, how)
+            } else {
+                self.read_round(cursor, offset + done_before, how)
+            };
+            // The one place that counts: a retry goes on from here and adds nothing again (C-5).
+            done_before += round.done;
+            if let Some(stop) = call.judge(round, cursor) {
+                break stop;
             }
-        }
-        let mut done = moved.done.min(below_end);
-        if moved.stop.is_none() && moved.done < asked.min(below_end) {
-            // The store's file is shorter than ours: the rest is a hole.
-            cursor.advance(done as usize);
-            done += fill_with_zeros(cursor, asked.min(below_end) - done);
-        } else {
-            // At most the cursor's count.
-            cursor.advance(done as usize);
-        }
-        cursor.reexpand(held_back - done as usize);
+            if offset + done_before >= self.inode().len() {
+                break None;
+            }
+        };
+        call.finish(cursor);
         Progress {
-            done,
-            stop: moved.stop.map(|stop| stop.named("read", offset, held_back)),
+            done: done_before,
+            stop,
         }
     }
 
@@ -95,117 +86,185 @@ impl File {
         offset: u64,
         how: &IoOptions<'_>,
     ) -> (Progress<Error>, u64) {
-        if touches_mappings(cursor) {
-            return self.write_bounced(cursor, offset, how);
-        }
-        self.write_direct_round(cursor, offset, how, true)
+        let mut call = Call::new("write", self.inode(), offset, cursor, how);
+        let (mut done_before, mut end) = (0, offset);
+        let stop = loop {
+            let at = offset + done_before;
+            let (round, behind) = match call.way {
+                Way::Pinned => self.write_round(cursor, at, how),
+                Way::Bounced => self.write_bounced(cursor, at, how),
+                Way::Cached => self.write_cached_instead(cursor, at, how),
+            };
+            if round.done > 0 {
+                end = behind;
+            }
+            done_before += round.done;
+            if let Some(stop) = call.judge(round, cursor) {
+                break stop;
+            }
+        };
+        call.finish(cursor);
+        let progress = Progress {
+            done: done_before,
+            stop,
+        };
+        (progress, end)
     }
 
-    /// Reads past the cache into memory that is mapped from a file: the kernel is never given such an address, so that
-    /// no transfer waits for a fault, nor a fault for the transfer (D-1, D-2).
+    fn read_round(
+        &self,
+        cursor: &mut IovCursor<'_>,
+        offset: u64,
+        how: &IoOptions<'_>,
+    ) -> Progress<Stop> {
+        let inode = self.inode();
+        // Looked at in every round: nothing was held in between (C-9).
+        let end = inode.len();
+        if offset >= end {
+            return Progress::complete(0);
+        }
+        let object = inode.object().as_ref();
+        let wanted = offset..offset.saturating_add(cursor.count() as u64);
+        if how.nowait
+            && inode
+                .pages()
+                .next_dirty(offset / PAGE_SIZE)
+                .is_some_and(|page| page * PAGE_SIZE < wanted.end)
+        {
+            let error = Error::cache("read", CacheError::WouldBlock);
+            return Progress::stopped(0, Stop::Refused(error));
+        }
+        if let Err(error) = inode.flush_range(wanted) {
+            return Progress::stopped(0, Stop::Io(error));
+        }
+        // Nothing past the block that holds the end is touched.
+        let block = u64::from(object.geometry().block.max(1));
+        let reach = end.div_ceil(block).saturating_mul(block) - offset;
+        let below_end = end - offset;
+        let held_back = cursor.count();
+        cursor.truncate(usize::try_from(reach).unwrap_or(usize::MAX));
+        let (moved, lent) = transfer(inode, cursor, |segments| object.read_wait(offset, segments));
+        let wanted = (lent as u64).min(below_end);
+        let mut done = moved.done.min(below_end);
+        // At most the cursor's count.
+        cursor.advance(done as usize);
+        let mut stop = moved.stop;
+        if done < wanted && matches!(stop, None | Some(Stop::Pin(_))) {
+            // The store's file is shorter than ours: the rest is a hole.
+            done += fill_with_zeros(cursor, wanted - done);
+            if done < wanted {
+                stop = Some(Stop::BadBuffer);
+            }
+        }
+        if done == below_end {
+            stop = None;
+        }
+        cursor.reexpand(held_back - done as usize);
+        Progress { done, stop }
+    }
+
+    /// Reads some into a buffer of our own and from there, with nothing held, to where it belongs.
     fn read_bounced(
         &self,
         cursor: &mut IovCursor<'_>,
         offset: u64,
         how: &IoOptions<'_>,
-    ) -> Progress<Error> {
-        let asked = cursor.count();
-        let mut done = 0;
-        let stop = loop {
-            let len = cursor.count().min(BOUNCE_BYTES);
-            if len == 0 {
-                break None;
-            }
-            let mut buf = AlignedBuf::zeroed(len);
-            let bounce = &mut buf.as_mut_slice()[..len];
-            let mut inner = IovCursor::from_mut_slice(bounce);
-            let moved = self.read_direct(&mut inner, offset + done, how);
-            // At most BOUNCE_BYTES.
-            let got = moved.done as usize;
-            let delivered = copy_waiting(cursor, &mut bounce[..got]);
-            done += delivered as u64;
-            if delivered < got {
-                break Some(bad_buffer("read", offset, asked));
-            }
-            if moved.stop.is_some() || got < len {
-                break moved.stop;
-            }
-        };
-        Progress { done, stop }
+    ) -> Progress<Stop> {
+        let len = cursor.count().min(BOUNCE_BYTES);
+        let mut buf = AlignedBuf::zeroed(len);
+        let bounce = &mut buf.as_mut_slice()[..len];
+        let mut inner = IovCursor::from_mut_slice(bounce);
+        let moved = self.read_round(&mut inner, offset, how);
+        // At most BOUNCE_BYTES.
+        let got = moved.done as usize;
+        let delivered = copy_waiting(cursor, &mut bounce[..got]);
+        Progress {
+            done: delivered as u64,
+            stop: if delivered < got {
+                Some(Stop::BadBuffer)
+            } else {
+                moved.stop
+            },
+        }
     }
 
-    /// Writes memory that is mapped from a file past the cache.
+    /// Takes some into a buffer of our own, with nothing held, and writes that.
     fn write_bounced(
         &self,
         cursor: &mut IovCursor<'_>,
         offset: u64,
         how: &IoOptions<'_>,
-    ) -> (Progress<Error>, u64) {
+    ) -> (Progress<Stop>, u64) {
         let object = self.inode().object().as_ref();
         if let Err(error) = check_alignment("write", object, offset, cursor) {
-            return (Progress::stopped(0, error), offset);
+            return (Progress::stopped(0, Stop::Refused(error)), offset);
         }
-        let asked = cursor.count();
         let block = object.geometry().block.max(1) as usize;
-        let (mut done, mut end) = (0, offset);
-        let stop = loop {
-            // What is appended must not be torn by others who append.
-            let most = if how.append {
-                APPEND_BOUNCE_BYTES
-            } else {
-                BOUNCE_BYTES
-            };
-            let len = cursor.count().min(most);
-            if len == 0 {
-                break None;
-            }
-            let mark = cursor.mark();
-            let mut buf = AlignedBuf::zeroed(len);
-            let bounce = &mut buf.as_mut_slice()[..len];
-            let got = copy_waiting(cursor, bounce);
-            cursor.restore(mark);
-            let whole = if got < len { got - got % block } else { got };
-            if whole == 0 {
-                break Some(bad_buffer("write", offset, asked));
-            }
-            let mut inner = IovCursor::from_slice(&bounce[..whole]);
-            let (moved, behind) = self.write_direct_round(&mut inner, offset + done, how, true);
-            // At most `whole`.
-            cursor.advance(moved.done as usize);
-            done += moved.done;
-            end = behind;
-            if moved.stop.is_some() || moved.done < whole as u64 {
-                break moved.stop;
-            }
-            if got < len {
-                break Some(bad_buffer("write", offset, asked));
-            }
+        // What is appended must not be torn by others who append.
+        let most = if how.append {
+            APPEND_BOUNCE_BYTES
+        } else {
+            BOUNCE_BYTES
         };
-        (Progress { done, stop }, end)
+        let len = cursor.count().min(most);
+        let mark = cursor.mark();
+        let mut buf = AlignedBuf::zeroed(len);
+        let bounce = &mut buf.as_mut_slice()[..len];
+        let got = copy_waiting(cursor, bounce);
+        cursor.restore(mark);
+        let whole = if got < len { got - got % block } else { got };
+        if whole == 0 {
+            return (Progress::stopped(0, Stop::BadBuffer), offset);
+        }
+        let mut inner = IovCursor::from_slice(&bounce[..whole]);
+        let (mut moved, end) = self.write_round(&mut inner, offset, how);
+        // At most `whole`.
+        cursor.advance(moved.done as usize);
+        if moved.stop.is_none() && moved.done == whole as u64 && got < len {
+            moved.stop = Some(Stop::BadBuffer);
+        }
+        (moved, end)
     }
 
-    fn write_direct_round(
+    /// Writes some through the cache and stores it from there: a cached page of the range would not go (section C).
+    fn write_cached_instead(
         &self,
         cursor: &mut IovCursor<'_>,
         offset: u64,
         how: &IoOptions<'_>,
-        retry: bool,
-    ) -> (Progress<Error>, u64) {
-        let inode = self.inode();
-        let refuse = |error| (Progress::stopped(0, error), offset);
-        // Extending or sub-page writes have the file to themselves; others share it.
-        let aligned = (offset | cursor.count() as u64).is_multiple_of(PAGE_SIZE);
-        let inside = offset.saturating_add(cursor.count() as u64) <= inode.len();
-        let shared = aligned && inside && !how.append;
-        let locks = (
-            shared.then(|| inode.lock_shared()),
-            (!shared).then(|| inode.lock_exclusive()),
-        );
-        if shared && offset.saturating_add(cursor.count() as u64) > inode.len() {
-            // It was cut off before the lock was ours.
-            drop(locks);
-            return self.write_direct_round(cursor, offset, how, retry);
+    ) -> (Progress<Stop>, u64) {
+        let mark = cursor.mark();
+        let most = if how.append {
+            cursor.count()
+        } else {
+            BOUNCE_BYTES
+        };
+        let (written, end) = cursor.truncated(most, |part| self.write_buffered(part, offset, how));
+        if written.done > 0
+            && let Err(error) = self.inode().flush_range(end - written.done..end)
+        {
+            // As if it had not been written: what the device refused is no direct write.
+            cursor.restore(mark);
+            return (Progress::stopped(0, Stop::Io(error)), offset);
         }
+        (written.map_stop(Stop::Refused), end)
+    }
+
+    fn write_round(
+        &self,
+        cursor: &mut IovCursor<'_>,
+        offset: u64,
+        how: &IoOptions<'_>,
+    ) -> (Progress<Stop>, u64) {
+        let inode = self.inode();
+        // Extending or sub-page writes have the file to themselves; others share it.
+        let len = cursor.count() as u64;
+        let inside = || offset.saturating_add(len) <= inode.len();
+        let may_share = (offset | len).is_multiple_of(PAGE_SIZE) && !how.append;
+        let shared = (may_share && inside()).then(|| inode.lock_shared());
+        // It may have been cut off before the lock was ours (C-9).
+        let shared = shared.filter(|_| inside());
+        let _exclusive = shared.is_none().then(|| inode.lock_exclusive());
         let offset = if how.append { inode.len() } else { offset };
         let allowed = match clamp_write(
             offset,
@@ -214,27 +273,167 @@ impl File {
             inode.engine().file_size_limit,
         ) {
             Ok(allowed) => allowed,
-            Err(error) => return refuse(error),
+            Err(error) => return (Progress::stopped(0, Stop::Refused(error)), offset),
         };
-        let held_back = cursor.truncate(allowed) - allowed;
-        let outcome = write_locked(inode, cursor, offset, how);
-        drop(locks);
-        let mut end = offset + outcome.done;
-        let mut progress = outcome.map_stop(|stop| stop.named("write", offset, allowed));
-        let bad_buffer = matches!(&progress.stop, Some(error) if error.errno() == Errno::EFAULT);
-        if bad_buffer && retry {
-            // Nothing is held here. The kernel may refuse the whole for one bad page: what is good of it still goes.
-            let good = accessible(cursor, inode.object().geometry().block.max(1) as usize);
-            if good > 0 {
-                let whole = cursor.truncate(good);
-                let (more, more_end) = self.write_direct_round(cursor, end, how, false);
-                cursor.reexpand(whole - more.done as usize);
-                progress.done += more.done;
-                end = more_end;
-            }
+        let moved = cursor.truncated(allowed, |cursor| write_locked(inode, cursor, offset, how));
+        let end = offset + moved.done;
+        (moved, end)
+    }
+}
+
+/// How the next bytes of a call go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// Between the store and the caller's memory, pinned where it is mapped.
+    Pinned,
+    /// By way of a buffer of our own.
+    Bounced,
+    /// Through the cache.
+    Cached,
+}
+
+/// What one call has met so far: decides how it goes on, and that it ends.
+struct Call<'a> {
+    operation: &'static str,
+    offset: u64,
+    asked: usize,
+    how: &'a IoOptions<'a>,
+    way: Way,
+    /// Bytes brought in at once: what one transfer may pin, so that what is brought in last does not push out the first.
+    window: usize,
+    /// What is written of accessible memory before memory that is not is a multiple of so many bytes.
+    granule: usize,
+    /// Rounds at one place that moved nothing although its memory was brought in.
+    fruitless: u32,
+    /// Bytes behind memory that nobody can access; set once it was looked for.
+    beyond_good: Option<usize>,
+}
+
+impl<'a> Call<'a> {
+    fn new(
+        operation: &'static str,
+        inode: &Inode,
+        offset: u64,
+        cursor: &IovCursor<'_>,
+        how: &'a IoOptions<'a>,
+    ) -> Self {
+        // An append goes in one piece, and what is pinned may stop half way.
+        let way = if how.append && touches_mappings(cursor) {
+            Way::Bounced
+        } else {
+            Way::Pinned
+        };
+        Self {
+            operation,
+            offset,
+            asked: cursor.count(),
+            how,
+            way,
+            window: pin_bytes_max(inode),
+            granule: inode.object().geometry().block.max(1) as usize,
+            fruitless: 0,
+            beyond_good: None,
         }
-        cursor.reexpand(cursor.count() + held_back);
-        (progress, end)
+    }
+
+    fn bounces(&self) -> bool {
+        self.way == Way::Bounced
+    }
+
+    fn bad_buffer(&self) -> Error {
+        bad_buffer(self.operation, self.offset, self.asked)
+    }
+
+    /// Decides after a round: the call's end and its error, or `None` to go on as [`Call::way`] says. Nothing is held.
+    fn judge(
+        &mut self,
+        round: Progress<Stop>,
+        cursor: &mut IovCursor<'_>,
+    ) -> Option<Option<Error>> {
+        let way = std::mem::replace(&mut self.way, Way::Pinned);
+        if round.done > 0 {
+            self.fruitless = 0;
+        }
+        let Some(stop) = round.stop else {
+            if cursor.count() > 0 && round.done > 0 && way != Way::Pinned {
+                // One piece of several.
+                if self.how.append {
+                    self.way = way;
+                }
+                return self.interrupted();
+            }
+            let bad = self.beyond_good.filter(|&bytes| bytes > 0);
+            return Some(bad.map(|_| self.bad_buffer()));
+        };
+        match stop {
+            Stop::Pin(why) => self.resolve(why, round.done, cursor),
+            Stop::CopyFault if self.beyond_good.is_none() => {
+                // The kernel may refuse the whole for one bad page: what is good of it still goes.
+                let good = accessible(cursor, self.granule);
+                if good == 0 {
+                    return Some(Some(self.bad_buffer()));
+                }
+                self.beyond_good = Some(cursor.truncate(good) - good);
+                None
+            }
+            Stop::CopyFault | Stop::BadBuffer => Some(Some(self.bad_buffer())),
+            Stop::Cached => {
+                self.way = Way::Cached;
+                self.interrupted()
+            }
+            Stop::Io(error) => Some(Some(Error::store(self.operation, error))),
+            Stop::Refused(error) => Some(Some(error)),
+        }
+    }
+
+    /// Goes on unless somebody has ended the call.
+    fn interrupted(&self) -> Option<Option<Error>> {
+        let error = self.how.check_cancelled().err()?;
+        Some(Some(Error::cache(self.operation, error)))
+    }
+
+    /// Brings in memory that could not be pinned.
+    fn resolve(
+        &mut self,
+        why: PinStop,
+        progressed: u64,
+        cursor: &IovCursor<'_>,
+    ) -> Option<Option<Error>> {
+        match why {
+            PinStop::Forbidden => return Some(Some(self.bad_buffer())),
+            PinStop::TooMany if progressed == 0 => {
+                let error = Error::cache(self.operation, CacheError::TooManyPins);
+                return Some(Some(error));
+            }
+            PinStop::Private => {
+                self.way = Way::Bounced;
+                return self.interrupted();
+            }
+            PinStop::Full | PinStop::TooMany if progressed > 0 => return self.interrupted(),
+            PinStop::Cold | PinStop::Full | PinStop::TooMany => {}
+        }
+        if self.how.nowait {
+            return Some(Some(Error::cache(self.operation, CacheError::WouldBlock)));
+        }
+        self.fruitless += 1;
+        if self.fruitless > 1 {
+            // It was brought in and is gone again, perhaps because it lies in what is being written (C-7).
+            self.fruitless = 0;
+            self.way = Way::Bounced;
+            return self.interrupted();
+        }
+        let window = cursor.count().min(self.window);
+        if faultin::fault_in_cursor(cursor, window) == window {
+            return Some(Some(self.bad_buffer()));
+        }
+        self.interrupted()
+    }
+
+    /// Gives the cursor back what was held back behind inaccessible memory.
+    fn finish(&self, cursor: &mut IovCursor<'_>) {
+        if let Some(bytes) = self.beyond_good {
+            cursor.reexpand(cursor.count() + bytes);
+        }
     }
 }
 
@@ -259,7 +458,9 @@ fn write_locked(
     }
     let _blocked = pages.gate().block();
     let moved = past_cache(inode, offset, count, || {
-        let moved = transfer(cursor, |segments| object.write_wait(offset, segments));
+        let (moved, _) = transfer(inode, cursor, |segments| {
+            object.write_wait(offset, segments)
+        });
         if met_bad_memory(cursor, &moved) {
             return forget_prefix(inode);
         }
@@ -273,7 +474,7 @@ fn write_locked(
 /// Tells whether a write stopped where memory is bad, which XFS may call an error of the device.
 fn met_bad_memory(cursor: &mut IovCursor<'_>, moved: &Progress<Stop>) -> bool {
     match &moved.stop {
-        Some(Stop::BadBuffer) => true,
+        Some(Stop::CopyFault) => true,
         Some(Stop::Io(error)) if error.errno == Errno::EIO => {
             let mark = cursor.mark();
             // At most the cursor's count.
@@ -297,12 +498,12 @@ fn forget_prefix(inode: &Inode) -> Progress<Stop> {
         // Should that fail as well, the next change of the size does it.
         let _ = object.set_len(end);
     }
-    Progress::stopped(0, Stop::BadBuffer)
+    Progress::stopped(0, Stop::CopyFault)
 }
 
 /// Has `submit` store `count` bytes at `offset`, and sees to it that the cache keeps no older copy of them and the file
-/// reaches to their end. The caller holds the inode's lock and blocks the gate.
-pub(crate) fn past_cache<E: From<StoreError>>(
+/// reaches to their end. The caller holds the inode's lock and blocks the gate; `submit` takes neither those nor folios.
+pub(crate) fn past_cache<E: From<StoreError> + From<Cached>>(
     inode: &Inode,
     offset: u64,
     count: usize,
@@ -315,10 +516,20 @@ pub(crate) fn past_cache<E: From<StoreError>>(
     }
     // The pages at both ends may hold bytes beside the range: those must be stored before the pages go.
     let bytes = range.start * PAGE_SIZE..range.end.saturating_mul(PAGE_SIZE);
-    if let Err(error) = inode.flush_range(bytes) {
-        return Progress::stopped(0, error.into());
+    let mut tries = 0;
+    loop {
+        if let Err(error) = inode.flush_range(bytes.clone()) {
+            return Progress::stopped(0, error.into());
+        }
+        if pages.invalidate(range.clone()) {
+            break;
+        }
+        // A store through a mapping came in between, or a transfer writes to the page, or the program keeps it.
+        tries += 1;
+        if tries == INVALIDATE_TRIES_MAX {
+            return Progress::stopped(0, Cached.into());
+        }
     }
-    pages.invalidate(range.clone());
     let moved = submit();
     if moved.done > 0 {
         let end = pages.end();
@@ -329,6 +540,12 @@ pub(crate) fn past_cache<E: From<StoreError>>(
     // After the size is raised, and on errors too: what was submitted may have been stored (C-2, C-10).
     pages.invalidate(range);
     moved
+}
+
+/// Returns how many mapped bytes one transfer may pin.
+fn pin_bytes_max(inode: &Inode) -> usize {
+    let share = inode.engine().cache.pages_max() / PIN_SHARE;
+    PIN_BYTES_MAX.min(share.max(1) * PAGE_SIZE as usize)
 }
 
 /// Tells whether any memory ahead is mapped from a file.
@@ -363,9 +580,20 @@ fn check_alignment(
         .at_range(offset..offset.saturating_add(cursor.count() as u64)))
 }
 
-/// Why a direct transfer stopped: the memory, the device, or it never began.
+/// A cached page of the range is dirty again, or kept by the program: it cannot be by-passed (ENOTBLK).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Cached;
+
+/// Why a round of direct I/O stopped.
 enum Stop {
+    /// Memory of a mapping is not to be pinned as it is. The only one that a retry can help.
+    Pin(PinStop),
+    /// The kernel refused other memory.
+    CopyFault,
+    /// Nobody can access the memory.
     BadBuffer,
+    /// A cached page would not go.
+    Cached,
     Io(StoreError),
     Refused(Error),
 }
@@ -376,34 +604,41 @@ impl From<StoreError> for Stop {
     }
 }
 
-impl Stop {
-    fn named(self, operation: &'static str, offset: u64, count: usize) -> Error {
-        match self {
-            Self::BadBuffer => bad_buffer(operation, offset, count),
-            Self::Io(error) => Error::store(operation, error),
-            Self::Refused(error) => error,
-        }
+impl From<Cached> for Stop {
+    fn from(_: Cached) -> Self {
+        Self::Cached
     }
 }
 
-/// Moves what the cursor names between its own memory and the store; does not advance the cursor.
+/// Moves what the cursor names between the store and the memory itself, as far as that can be lent at once; does not
+/// advance the cursor. Returns how many bytes the transfer was for as well.
 ///
-/// Memory is not looked at beforehand: that would cost the ordinary case a page-table walk a page.
+/// Pins are held during this call alone. Plain memory is not looked at beforehand: that would cost the ordinary case a
+/// page-table walk a page.
 fn transfer(
+    inode: &Inode,
     cursor: &IovCursor<'_>,
     submit: impl Fn(&Segments) -> Progress<StoreError>,
-) -> Progress<Stop> {
-    let Ok(moved) = Segments::lend_user(cursor, submit) else {
-        // A mapping's memory: as if it were not resident, which leads to the bounce buffer.
-        return Progress::stopped(0, Stop::BadBuffer);
-    };
-    moved.map_stop(|error| {
-        if error.errno == Errno::EFAULT {
-            Stop::BadBuffer
+) -> (Progress<Stop>, usize) {
+    let geometry = inode.object().geometry();
+    let limits = Limits {
+        mapped_max: pin_bytes_max(inode),
+        granule: if geometry.direct {
+            geometry.block.max(1) as usize
         } else {
-            Stop::Io(error)
-        }
-    })
+            1
+        },
+    };
+    let lending = Segments::lend_user(cursor, &limits, submit);
+    let moved = lending.outcome.unwrap_or(Progress::complete(0));
+    let mut moved = moved.map_stop(|error| match error.errno {
+        Errno::EFAULT => Stop::CopyFault,
+        _ => Stop::Io(error),
+    });
+    if moved.stop.is_none() {
+        moved.stop = lending.stop.map(Stop::Pin);
+    }
+    (moved, lending.bytes)
 }
 
 /// Returns how much from the cursor's position on is accessible, in whole granules. Nothing may be held.
@@ -413,15 +648,16 @@ fn accessible(cursor: &IovCursor<'_>, granule: usize) -> usize {
     good - good % granule
 }
 
-/// Writes zeros to the next `bytes` of a target cursor; returns how many.
+/// Writes zeros to the next `bytes` of a target cursor; returns how many, fewer only before inaccessible memory. Nothing
+/// may be held.
 fn fill_with_zeros(cursor: &mut IovCursor<'_>, bytes: u64) -> u64 {
     let mut zeros = [0u8; PAGE_SIZE as usize];
     let mut left = bytes;
     while left > 0 {
         let n = left.min(PAGE_SIZE) as usize;
-        let copied = cursor.copy_slice_nofault(&mut zeros[..n]);
-        left -= copied.done;
-        if copied.stop.is_some() {
+        let copied = copy_waiting(cursor, &mut zeros[..n]);
+        left -= copied as u64;
+        if copied < n {
             break;
         }
     }

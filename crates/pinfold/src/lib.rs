@@ -52,7 +52,7 @@ pub use metadata::{Caller, Kind, Metadata, NodeId, Owner, SetAttributes, SetTime
 pub use node::{Node, ObjectLayer, RenameFlags, SetXattr};
 pub use open_options::OpenOptions;
 pub use pinfold_base::{ByteOffset, Errno, PAGE_SIZE, PageIndex, Progress};
-pub use pinfold_cache::{CacheSnapshot, Lease, MEMORY_MIN};
+pub use pinfold_cache::{CacheSnapshot, Lease, MEMORY_MIN, PinKind, PinSite};
 pub use pinfold_fault::FaultSnapshot;
 pub use pinfold_mem::copy::install as install_fault_handler;
 pub use pinfold_mem::forked::Process;

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use pinfold_base::Errno;
-use pinfold_cache::{Cache, CacheConfig, CacheSnapshot, MEMORY_MIN};
+use pinfold_cache::{Cache, CacheConfig, CacheSnapshot, MEMORY_MIN, PinSite};
 use pinfold_fault::{FaultSnapshot, Faults};
 use pinfold_mem::{Privilege, Quiet, exit, faultin, uring};
 use pinfold_store::dir::namespace::{Namespace, OpenError};
@@ -269,6 +269,13 @@ impl Volume {
             nodes: self.0.tree.len() as u64,
             fault_in_calls: faultin::calls(),
         }
+    }
+
+    /// Lists the pages pinned now, with the place each pin was taken: for finding one that is never given back. Debug builds
+    /// remember; release builds count only, in [`Volume::statistics`].
+    #[must_use]
+    pub fn pins_held(&self) -> Vec<PinSite> {
+        self.0.engine.cache.pins_held()
     }
 
     /// Tells what this system lets the volume do.

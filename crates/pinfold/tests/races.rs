@@ -2,7 +2,13 @@
 //!
 //! `PINFOLD_RACE_SECONDS=N` lets the storms run longer, `PINFOLD_RACE_SEED=N` begins at a chosen seed.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
+#![allow(
+    unsafe_code,
+    reason = "mapped bytes are handed to calls as buffers, as programs do"
+)]
 
+#[path = "races/pins.rs"]
+mod pins;
 #[path = "races/rig.rs"]
 mod rig;
 #[path = "races/scripts.rs"]

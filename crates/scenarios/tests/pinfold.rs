@@ -16,7 +16,6 @@ const MISSING: &[(&str, &str)] = &[
     ("T08", "the library has no query of extents"),
     ("T24", "the library has no query of extents"),
     ("T39", "blocks are larger than 512 bytes"),
-    ("T52", "direct I/O pins nothing here"),
 ];
 
 /// The scenarios that map: those that it matters to who serves faults.

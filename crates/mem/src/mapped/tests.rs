@@ -4,11 +4,14 @@ use std::time::{Duration, Instant};
 use pinfold_base::Progress;
 
 use super::*;
+use crate::arena::Arena;
 use crate::copy::CopyStop;
 use crate::faultin;
+use crate::homes::Homes;
 use crate::iov::{Direction, IovCursor};
+use crate::lend::Limits;
 use crate::quiet::Quiet;
-use crate::span::{OwnMapping, RawSpan, Segments};
+use crate::span::{RawSpan, Segments};
 use crate::uffd::{self, ScanFor};
 use crate::window::{UserMap, UserMapKind, Window};
 
@@ -178,6 +181,17 @@ struct Lender {
     /// Largest part lent at a time.
     part: usize,
     faulted_in: Mutex<Vec<(usize, usize, Access)>>,
+    /// Parts that are pinned now.
+    pins: Arc<AtomicUsize>,
+}
+
+/// Counts itself.
+struct Pin(Arc<AtomicUsize>);
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 const P: usize = 4096;
@@ -195,6 +209,7 @@ impl Lender {
             valid: Mutex::new([true, true, false, false]),
             part: P,
             faulted_in: Mutex::new(Vec::new()),
+            pins: Arc::default(),
         })
     }
 
@@ -253,6 +268,27 @@ impl MappedMemory for Lender {
             Lent::Done(done)
         } else {
             Lent::NeedFault
+        }
+    }
+
+    fn pin(&self, addr: usize, len: usize, access: Access) -> PinnedPart {
+        let homes = Arc::new(Homes::new(Arena::new(1).unwrap()));
+        homes.open(Arc::clone(&self.window));
+        let mut segments = homes.segments();
+        let lent = self.with_lent(addr, len, access, &mut |_, n| {
+            let at = addr + segments.bytes() - self.map.addr();
+            self.window
+                .push_page(&mut segments, (at / P) as u64, at % P, n);
+            n
+        });
+        let Lent::Done(got) = lent else {
+            return PinnedPart::none(PinStop::Cold);
+        };
+        self.pins.fetch_add(1, Ordering::Relaxed);
+        PinnedPart {
+            segments,
+            pins: Box::new(Pin(Arc::clone(&self.pins))),
+            stop: (got < len).then_some(PinStop::Cold),
         }
     }
 
@@ -396,7 +432,7 @@ impl MappedMemory for Shifted {
 }
 
 #[test]
-fn mapped_memory_is_not_lent_to_the_kernel() {
+fn mapped_memory_is_lent_pinned_and_by_our_own_address() {
     let lender = Lender::new(UserMapKind::SharedWrite);
     let _table = lender.enter();
     let plain = vec![0u8; P];
@@ -404,14 +440,46 @@ fn mapped_memory_is_not_lent_to_the_kernel() {
         addr: plain.as_ptr().expose_provenance(),
         len: P,
     };
-    let lent = |spans: &[RawSpan]| {
+    let lend = |spans: &[RawSpan], mapped_max: usize, granule: usize| {
         // SAFETY: nothing is read.
         let cursor = unsafe { IovCursor::from_raw(Direction::Source, spans) };
-        Segments::lend_user(&cursor, Segments::bytes)
+        let limits = Limits {
+            mapped_max,
+            granule,
+        };
+        let lending = Segments::lend_user(&cursor, &limits, |segments| {
+            let pinned = lender.pins.load(Ordering::Relaxed);
+            let spans = segments.spans().iter();
+            (
+                pinned,
+                spans.map(|s| s.as_ptr() as usize).collect::<Vec<_>>(),
+            )
+        });
+        assert_eq!(lender.pins.load(Ordering::Relaxed), 0, "all are back");
+        (lending.bytes, lending.stop, lending.outcome)
     };
-    assert_eq!(lent(&[plain_span]), Ok(P));
-    let span = lender.span(4 * P - 1, 100);
-    assert_eq!(lent(&[plain_span, span]), Err(OwnMapping { span }));
+    let plain_at = plain_span.addr;
+    assert_eq!(
+        lend(&[plain_span], 0, 1),
+        (P, None, Some((0, vec![plain_at])))
+    );
+    let ours = lender.window.alias(0) as usize;
+    let span = lender.span(100, 200);
+    let both = Some((1, vec![plain_at, ours + 100, plain_at]));
+    let spans = [plain_span, span, plain_span];
+    assert_eq!(lend(&spans, P, 1), (2 * P + 200, None, both));
+    // The third page is not there: what is before it goes, in whole granules.
+    let cold = Some(PinStop::Cold);
+    let span = lender.span(100, 4 * P - 100);
+    let part = Some((1, vec![ours + 100]));
+    assert_eq!(lend(&[span], 4 * P, 1), (2 * P - 100, cold, part.clone()));
+    assert_eq!(lend(&[span], 4 * P, 512), (2 * P - 512, cold, part.clone()));
+    assert_eq!(
+        lend(&[span], P, 512),
+        (P, Some(PinStop::Full), part.clone())
+    );
+    let nothing = lender.span(2 * P, P);
+    assert_eq!(lend(&[nothing], P, 1), (0, cold, None));
 }
 
 #[test]
