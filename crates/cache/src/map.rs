@@ -628,10 +628,14 @@ impl FilePages {
         installed as u64
     }
 
-    /// Tells for each page of `range` whether it is cached and valid.
+    /// Tells for each page of `range` whether it is cached and valid; waits for those that move or are being read.
     #[must_use]
     pub fn resident_map(&self, range: Range<u64>) -> Vec<bool> {
-        range.map(|page| self.get(page).is_some()).collect()
+        let valid = |page| {
+            // A page between its two homes is in neither until it is unlocked.
+            self.get(page).is_some() || self.lock(page).is_some_and(|folio| folio.is_uptodate())
+        };
+        range.map(valid).collect()
     }
 }
 
