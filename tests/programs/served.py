@@ -117,8 +117,8 @@ class Served:
         left = device_at(self.mountpoint) is not None
         break_mount(self.mountpoint)
         said = self.log.read_text(errors="replace")
-        if "panicked" in said:
-            raise MountError("panicked: " + said[said.index("panicked"):][:400])
+        if "panicked at" in said:
+            raise MountError("panicked: " + said[said.index("panicked at"):][:400])
         if status != 0:
             raise MountError(f"ended with status {status}: {self.tail()}")
         if left:
