@@ -21,7 +21,7 @@
 //! | **write** | | | folio lock | folio lock, then DIRTY again | LOCKED, DIRTY | inode lock (above), folio lock | folio lock |
 //! | **write-back** | | | | WRITEBACK | WRITEBACK | WRITEBACK | folio lock, protected before clean |
 //! | **evict** | | | | | LOCKED | LOCKED | LOCKED, clean is protected |
-//! | **truncate** | | | | | | inode lock (above), folio lock | folio lock, then the size again |
+//! | **truncate** | | | | | | inode lock (above), folio lock | gate (stores), folio lock, then the size again |
 //! | **map** | | | | | | | folio lock |
 
 pub mod cache;

@@ -7,7 +7,7 @@
 //! `pinfold-fault` implements); the move between a page's two homes (`home.rs`).
 //!
 //! *Locking*: entered with nothing held, or from a signal handler with nothing held ([`FilePages::try_map`], which waits
-//! for nobody and allocates nothing). Page tables are changed under the folio's lock; ioctls are leaves.
+//! for nobody and allocates nothing). A store takes the gate's ADD before the folio; nothing is waited for under it. Page tables are changed under the folio's lock; ioctls are leaves.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,7 +21,9 @@ use smallvec::SmallVec;
 use crate::CacheError;
 use crate::file::{Attempt, FilePages, Want};
 use crate::folio::Folio;
+use crate::gate::AddGuard;
 use crate::home::Moving;
+use crate::lease::PageRef;
 use crate::readahead::ReadAhead;
 use crate::slots::Slot;
 use crate::state::{DIRTY, LOCKED, UMAP_RO, UMAP_RW};
@@ -212,20 +214,7 @@ impl FilePages {
                     continue;
                 }
             }
-            // A page must not become dirty between the flush of a direct write and its invalidation: it would keep what it
-            // held before (C-1).
-            let gate = match service.stores().then(|| self.gate().try_add()) {
-                None => None,
-                Some(Some(gate)) => Some(gate),
-                Some(None) => {
-                    drop(found);
-                    drop(self.gate().add());
-                    continue;
-                }
-            };
-            let attempt = self.try_lock(page);
-            // The reference kept the page until it was locked; a move is none the worse for having no reference to mind.
-            drop(found);
+            let (gate, attempt) = self.try_lock_found(page, found, service.stores());
             let folio = match attempt {
                 Attempt::Locked(folio) => folio,
                 Attempt::Busy(frame) => {
@@ -267,10 +256,10 @@ impl FilePages {
             by_hand: false,
             signal: true,
         };
-        // As in `map`.
-        let _gate = match service.stores() {
-            true => Some(self.gate().try_add()?),
-            false => None,
+        let _gate = if service.stores() {
+            Some(self.gate().try_add()?)
+        } else {
+            None
         };
         let Attempt::Locked(folio) = self.try_lock(page) else {
             return None;
@@ -297,27 +286,14 @@ impl FilePages {
     /// # Errors
     /// As of [`FilePages::map`].
     pub fn make_writable(self: &Arc<Self>, page: u64) -> Result<MapOutcome, CacheError> {
-        // Every round waits for somebody's progress or finds something changed by it, as with `read`.
-        loop {
-            // The page is brought in first, which takes the gate itself.
-            let Some(folio) = self.lock_valid(page)? else {
-                return Ok(MapOutcome::BeyondEnd);
-            };
-            drop(folio);
-            // As in `map`.
-            let gate = self.gate().add();
-            let Attempt::Locked(folio) = self.try_lock(page) else {
-                continue;
-            };
-            if page >= self.pages_end() || !folio.is_uptodate() {
-                continue;
-            }
-            self.make_dirty(&folio);
-            drop(folio);
-            drop(gate);
-            self.note_dirty_file();
-            return Ok(MapOutcome::Mapped);
-        }
+        let Some((gate, folio)) = self.lock_valid(page, true)? else {
+            return Ok(MapOutcome::BeyondEnd);
+        };
+        self.make_dirty(&folio);
+        drop(folio);
+        drop(gate);
+        self.note_dirty_file();
+        Ok(MapOutcome::Mapped)
     }
 
     /// Locks a page that is valid and dirty, if nobody else has it: its bytes may be changed, as through a mapping that
@@ -330,8 +306,36 @@ impl FilePages {
         }
     }
 
-    /// Brings a page in and locks it; `None` beyond the end.
-    pub(crate) fn lock_valid(self: &Arc<Self>, page: u64) -> Result<Option<Folio<'_>>, CacheError> {
+    /// Tries to lock a page that is cached. For a store, with the right to add pages: whoever blocks that has seen which
+    /// pages are dirty; one that became so behind its back would be lost, or stay (C-1, F-4, F-5).
+    ///
+    /// The reference kept the page until here. It is not held while this waits, for who blocks waits for references.
+    fn try_lock_found<'a>(
+        &'a self,
+        page: u64,
+        found: PageRef<'a>,
+        stores: bool,
+    ) -> (Option<AddGuard<'a>>, Attempt<'a>) {
+        let mut found = Some(found);
+        let gate = stores.then(|| {
+            self.gate().try_add().unwrap_or_else(|| {
+                found = None;
+                self.gate().add()
+            })
+        });
+        let attempt = self.try_lock(page);
+        // A move is none the worse for having no reference to mind.
+        drop(found);
+        (gate, attempt)
+    }
+
+    /// Brings a page in and locks it, for a store with the right to add pages;
+    /// `None` beyond the end.
+    pub(crate) fn lock_valid(
+        self: &Arc<Self>,
+        page: u64,
+        stores: bool,
+    ) -> Result<Option<(Option<AddGuard<'_>>, Folio<'_>)>, CacheError> {
         let want = Want {
             pages: 1,
             ahead: None,
@@ -342,13 +346,17 @@ impl FilePages {
                 return Ok(None);
             }
             let found = self.read(page, &want)?;
-            let attempt = self.try_lock(page);
-            drop(found);
+            let (gate, attempt) = self.try_lock_found(page, found, stores);
             match attempt {
                 // Looked at again under the lock, which truncation takes after it has set the size (F-3).
-                Attempt::Locked(folio) if page < self.pages_end() => return Ok(Some(folio)),
+                Attempt::Locked(folio) if page < self.pages_end() => {
+                    return Ok(Some((gate, folio)));
+                }
                 Attempt::Locked(_) => return Ok(None),
-                Attempt::Busy(frame) => self.cache().wait(frame, |state| state & LOCKED == 0),
+                Attempt::Busy(frame) => {
+                    drop(gate);
+                    self.cache().wait(frame, |state| state & LOCKED == 0);
+                }
                 Attempt::Gone => {}
             }
         }

@@ -141,7 +141,7 @@ impl FilePages {
     /// As of [`FilePages::map`]; [`CacheError::TooManyPins`], with nothing changed.
     #[track_caller]
     pub fn pin(self: &Arc<Self>, page: u64, kind: PinKind) -> Result<Option<PagePin>, CacheError> {
-        let Some(folio) = self.lock_valid(page)? else {
+        let Some((gate, folio)) = self.lock_valid(page, kind == PinKind::Write)? else {
             return Ok(None);
         };
         if kind == PinKind::Write {
@@ -149,6 +149,7 @@ impl FilePages {
         }
         let pin = self.pin_locked(&folio, kind)?;
         drop(folio);
+        drop(gate);
         if kind == PinKind::Write {
             self.note_dirty_file();
         }
@@ -176,7 +177,7 @@ impl FilePages {
             if self.map(page, access, page..page + 1, None, target)? == MapOutcome::BeyondEnd {
                 return Ok(None);
             }
-            let Some(folio) = self.lock_valid(page)? else {
+            let Some((_gate, folio)) = self.lock_valid(page, kind == PinKind::Write)? else {
                 return Ok(None);
             };
             // Evicted and read again since it was mapped: it has to move once more before it may be pinned.

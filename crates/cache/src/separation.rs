@@ -75,7 +75,7 @@ pub const fn separation(a: Operation, b: Operation) -> &'static str {
         (Write | Map, Map) | (Map, Write) => "folio lock",
         (WriteBack, Map) | (Map, WriteBack) => "folio lock, protected before clean",
         (Evict, Map) | (Map, Evict) => "LOCKED, clean is protected",
-        (Truncate, Map) | (Map, Truncate) => "folio lock, then the size again",
+        (Truncate, Map) | (Map, Truncate) => "gate (stores), folio lock, then the size again",
         (Truncate, Truncate) => "inode lock (above), folio lock",
     }
 }

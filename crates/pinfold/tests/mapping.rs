@@ -13,5 +13,6 @@ mod mapping {
     mod races;
     mod refusals;
     pub mod rig;
+    mod shifts;
     mod signals;
 }
