@@ -14,6 +14,8 @@ use pinfold_mem::Privilege;
 use pinfold_mem::forked::Process;
 use pinfold_store::Object;
 
+use crate::pending::Submitted;
+
 /// Below this much room a write reserves its space in the store before it is acknowledged.
 const ROOM_LOW: u64 = 64 << 20;
 
@@ -25,6 +27,8 @@ pub struct Engine {
     room: Room,
     /// The process it serves; a forked child has its memory and none of its threads.
     pub(crate) process: Process,
+    /// Calls that nobody waits for in the calling thread.
+    pub(crate) submitted: Arc<Submitted>,
     /// Pages that mappings have pinned.
     pub(crate) pinned_pages: AtomicU64,
     /// How a userfaultfd may be had.
@@ -72,6 +76,7 @@ impl Engine {
             cache,
             file_size_limit,
             process: Process::current(),
+            submitted: Arc::default(),
             pinned_pages: AtomicU64::new(0),
             privileges,
             faults: Mutex::new(Weak::new()),

@@ -40,6 +40,7 @@ mod mapping;
 mod metadata;
 mod node;
 mod open_options;
+mod pending;
 mod resize;
 mod volume;
 
@@ -51,6 +52,7 @@ pub use mapping::{Advice, MapAccess, MapOptions, Mapping, Pinned};
 pub use metadata::{Caller, Kind, Metadata, NodeId, Owner, SetAttributes, SetTime, Statfs};
 pub use node::{Node, ObjectLayer, RenameFlags, SetXattr};
 pub use open_options::OpenOptions;
+pub use pending::{Completed, Pending};
 pub use pinfold_base::{ByteOffset, Errno, PAGE_SIZE, PageIndex, Progress};
 pub use pinfold_cache::{CacheSnapshot, Lease, MEMORY_MIN, PinKind, PinSite};
 pub use pinfold_fault::FaultSnapshot;

@@ -7,6 +7,8 @@
     reason = "mapped bytes are handed to calls as buffers, as programs do"
 )]
 
+#[path = "races/pending.rs"]
+mod pending;
 #[path = "races/pins.rs"]
 mod pins;
 #[path = "races/rig.rs"]
