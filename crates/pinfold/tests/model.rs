@@ -4,12 +4,15 @@
 //! A failing program is made smaller and printed; kept as `model/regressions/NAME.txt` it is replayed by every run.
 //! `PINFOLD_MODEL_SECONDS=N` runs longer, `PINFOLD_MODEL_SEEDS=A..B` runs chosen seeds (`A` alone: just that one).
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
-#![allow(unsafe_code, reason = "mapped memory is touched as a program does")]
+#![allow(
+    unsafe_code,
+    reason = "loads and stores of mapped memory, as a program makes them"
+)]
 
 #[path = "model/machine.rs"]
 mod machine;
-#[path = "model/mapped.rs"]
-mod mapped;
+#[path = "model/maps.rs"]
+mod maps;
 #[path = "model/program.rs"]
 mod program;
 #[path = "model/threads.rs"]

@@ -1,16 +1,15 @@
 //! Runs a program on a volume and on bytes in memory side by side.
 
 use std::io::{IoSlice, IoSliceMut, Write as _};
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-use pinfold::{AllocateMode, Errno, File, IoOptions, OpenOptions, Seek, Volume};
+use pinfold::{AllocateMode, Delivery, Errno, File, IoOptions, OpenOptions, Seek, Volume};
 use pinfold_mem::Direction;
 use pinfold_mem::region::{Protection, Region, UserIov};
 
-use super::mapped::Mapped;
+use super::maps::Maps;
 use super::program::{Op, Program, SIZE_MAX, Verb};
 
 /// How a run ended that did not end well.
@@ -44,7 +43,7 @@ pub fn run(program: &Program) -> Result<(), Mismatch> {
     let runner = std::thread::Builder::new()
         .name("model".into())
         .spawn(move || {
-            let result = Machine::new(&path, theirs.pages).and_then(|machine| machine.run(&theirs));
+            let result = Machine::new(&path, &theirs).and_then(|machine| machine.run(&theirs));
             let _ = tell.send(result);
         })
         .unwrap();
@@ -86,32 +85,41 @@ pub fn hangs(what: &str) -> ! {
 pub struct Machine {
     dir: PathBuf,
     pub pages: u64,
-    pub mapped: Mapped,
+    inline: bool,
     volume: Option<Volume>,
     files: Option<Files>,
     pub bytes: Vec<u8>,
+    pub maps: Maps,
+    /// What the other file must hold; its size never changes.
+    pub other: Vec<u8>,
 }
 
 pub struct Files {
     pub buffered: File,
     appending: File,
     pub direct: File,
+    pub other: File,
 }
 
 const NAME: &str = "file";
+const OTHER: &str = "other";
 pub const PAGE: u64 = 4096;
 
 pub type Outcome = Result<(), String>;
 
 impl Machine {
-    fn new(dir: &Path, pages: u64) -> Result<Self, Mismatch> {
+    fn new(dir: &Path, program: &Program) -> Result<Self, Mismatch> {
+        let other = Self::pattern(0, SIZE_MAX / 2, 5);
+        std::fs::write(dir.join(OTHER), &other).unwrap();
         let mut machine = Self {
             dir: dir.to_path_buf(),
-            pages,
-            mapped: Mapped::default(),
+            pages: program.pages,
+            inline: program.inline,
             volume: None,
             files: None,
             bytes: Vec::new(),
+            maps: Maps::default(),
+            other,
         };
         machine.mount().map_err(|saw| Mismatch { op: 0, saw })?;
         Ok(machine)
@@ -159,21 +167,20 @@ impl Machine {
             Verb::Reopen => self.open(),
             Verb::Remount => self.remount(),
             Verb::Check => self.check(),
-            Verb::Load => self.load(at, len),
-            Verb::Store => self.store(at, len, tag),
-            Verb::Stain => self.stain(len),
-            Verb::Flush => self.flush(at, len),
-            Verb::Advise => self.advise(at, len),
-            Verb::Unmap => self.unmap(),
-            Verb::WriteMapped => self.write_mapped(at, len, false),
-            Verb::ReadMapped => self.read_mapped(at, len, false),
-            Verb::WriteMappedDirect => self.write_mapped(at, len, true),
-            Verb::ReadMappedDirect => self.read_mapped(at, len, true),
+            _ => self.mapped_step(op, tag),
         }
     }
 
     pub fn files(&self) -> &Files {
         self.files.as_ref().expect("open from `mount` to `unmount`")
+    }
+
+    pub fn delivery(&self) -> Delivery {
+        if self.inline {
+            Delivery::Inline
+        } else {
+            Delivery::Handler
+        }
     }
 
     fn mount(&mut self) -> Outcome {
@@ -190,6 +197,7 @@ impl Machine {
         let options = OpenOptions::new().read(true).write(true).create(true);
         let open = |options: OpenOptions| said("open", volume.open(NAME, &options));
         self.files = Some(Files {
+            other: said("open", volume.open(OTHER, &options))?,
             buffered: open(options)?,
             appending: open(options.append(true))?,
             direct: open(options.direct(true))?,
@@ -198,11 +206,18 @@ impl Machine {
     }
 
     fn unmount(&mut self) -> Outcome {
-        self.unmap()?;
+        self.maps = Maps::default();
         self.files = None;
-        self.volume
-            .take()
-            .map_or(Ok(()), |volume| said("close", volume.close()))
+        let Some(volume) = self.volume.take() else {
+            return Ok(());
+        };
+        let counts = volume.statistics().cache;
+        same(
+            "pins given back",
+            counts.foll_pin_released,
+            counts.foll_pin_acquired,
+        )?;
+        said("close", volume.close())
     }
 
     fn remount(&mut self) -> Outcome {
@@ -298,7 +313,7 @@ impl Machine {
     }
 
     /// What a read of the range must return.
-    fn expected(&self, at: u64, len: u64) -> &[u8] {
+    pub fn expected(&self, at: u64, len: u64) -> &[u8] {
         let end = self.bytes.len();
         let start = (at as usize).min(end);
         &self.bytes[start..(at as usize + len as usize).clamp(start, end)]
@@ -393,8 +408,16 @@ impl Machine {
 
     fn set_len(&mut self, len: u64) -> Outcome {
         said("set_len", self.files().buffered.set_len(len))?;
-        self.bytes.resize(len as usize, 0);
+        self.resized(len);
         Ok(())
+    }
+
+    /// Notes in the model that the size was set.
+    fn resized(&mut self, len: u64) {
+        if len < self.bytes.len() as u64 {
+            self.maps.forget_copies(len);
+        }
+        self.bytes.resize(len as usize, 0);
     }
 
     /// Calls `allocate`; `false` when this store cannot do that.
@@ -435,6 +458,7 @@ impl Machine {
         let possible = at + len < self.bytes.len() as u64;
         if possible && self.try_allocate(AllocateMode::Collapse, at, len)? {
             self.bytes.drain(at as usize..(at + len) as usize);
+            self.maps.forget_copies(at);
         }
         Ok(())
     }
@@ -447,6 +471,7 @@ impl Machine {
             let tail = self.bytes.split_off(at as usize);
             self.bytes.resize((at + len) as usize, 0);
             self.bytes.extend(tail);
+            self.maps.forget_copies(at);
         }
         Ok(())
     }
@@ -505,12 +530,12 @@ impl Machine {
         for at in (0..=size).step_by(64 << 10) {
             self.read(at, 64 << 10)?;
         }
-        Ok(())
+        self.check_maps()
     }
 
     /// Compares a part of what lies in the directory. The stored file may end before it, where what makes it longer waits
     /// to be stored: zeros.
-    pub fn check_stored_part(&self, range: Range<u64>) -> Outcome {
+    pub fn check_stored_part(&self, range: std::ops::Range<u64>) -> Outcome {
         let mut stored = std::fs::read(self.dir.join(NAME)).map_err(|error| error.to_string())?;
         stored.resize(stored.len().max(range.end as usize), 0);
         let part = &stored[range.start as usize..range.end as usize];
@@ -520,7 +545,16 @@ impl Machine {
     /// Compares what lies in the directory, as any other program would see it.
     fn check_stored(&self) -> Outcome {
         let stored = std::fs::read(self.dir.join(NAME)).map_err(|error| error.to_string())?;
-        self.compare("stored", 0, &stored, SIZE_MAX * 2)
+        self.compare("stored", 0, &stored, SIZE_MAX * 2)?;
+        if self.files.is_some() {
+            return Ok(());
+        }
+        let other = std::fs::read(self.dir.join(OTHER)).map_err(|error| error.to_string())?;
+        let bad = other
+            .iter()
+            .zip(&self.other)
+            .position(|(got, want)| got != want);
+        same("the other file's first bad byte", bad, None)
     }
 }
 

@@ -71,28 +71,56 @@ verbs! {
     Reopen "reopen" 3,
     /// Closes the volume, compares the stored file, and opens a new volume.
     Remount "remount" 1,
-    /// Compares the whole file.
+    /// Compares the whole file, and what mappings show of it.
     Check "check" 3,
-    /// Loads them from a mapping and compares.
-    Load "load" 14,
-    /// Stores them through a mapping, as far as the file reaches.
-    Store "store" 14,
-    /// Stores past the end of the file, in its last page.
-    Stain "stain" 4,
-    /// Syncs them through the mapping and compares the stored file there.
-    Flush "flush" 3,
-    /// Gives advice about them.
-    Advise "advise" 4,
-    /// Unmaps the file; whoever needs a mapping makes another.
+    /// Maps the pages of the range anew, for loads and stores.
+    Map "map" 3,
+    /// Maps them anew, for loads.
+    MapRead "map-read" 2,
+    /// Maps them anew, with stores that stay with the mapping.
+    MapPrivate "map-private" 2,
+    /// Takes whole pages out of the mapping for stores.
     Unmap "unmap" 2,
-    /// Writes them from a mapping of another part of the file.
+    /// Takes whole pages out of the private mapping.
+    UnmapPrivate "unmap-private" 1,
+    /// Loads the bytes through each mapping.
+    Load "load" 14,
+    /// Stores them as far as the page that holds the end goes.
+    Store "store" 16,
+    /// Stores them in the private mapping.
+    StorePrivate "store-private" 5,
+    /// Reads and writes them by the mapping's own calls.
+    Calls "calls" 5,
+    /// Drops the entries of the mapping for stores.
+    DropEntries "drop-entries" 3,
+    /// Drops the entries of the private mapping, and its copies.
+    DropCopies "drop-copies" 2,
+    /// Announces them to be needed soon, and how they will be walked through.
+    Advise "advise" 2,
+    /// Makes stores to them durable.
+    Flush "flush" 2,
+    /// Pins them and lets the system read and write them.
+    Pin "pin" 4,
+    /// Writes them from the mapping of another part of the file.
     WriteMapped "write-mapped" 6,
-    /// Reads another part of the file into a mapping of them.
+    /// Reads them into the mapping of another part.
     ReadMapped "read-mapped" 5,
-    /// Writes whole pages around the cache from a mapping of others.
+    /// Writes whole pages around the cache from the mapping of another part.
     WriteMappedDirect "write-mapped-direct" 4,
-    /// Reads whole pages around the cache into a mapping of others.
+    /// Reads whole pages around the cache into the mapping of another part.
     ReadMappedDirect "read-mapped-direct" 4,
+    /// Writes them from the private mapping.
+    WritePrivate "write-private" 3,
+    /// Reads them into the private mapping.
+    ReadPrivate "read-private" 3,
+    /// Writes them from the mapping of another file.
+    WriteOther "write-other" 4,
+    /// Reads them into the mapping of another file.
+    ReadOther "read-other" 4,
+    /// Writes the other file from the mapping of this.
+    OtherWrites "other-writes" 4,
+    /// Reads the other file into the mapping of this.
+    OtherReads "other-reads" 3,
 }
 
 /// One operation.
@@ -141,11 +169,13 @@ impl FromStr for Op {
     }
 }
 
-/// A list of operations, and the memory that the volume gets.
+/// A list of operations, and what kind of volume they run on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Program {
     /// The volume's budget, in pages.
     pub pages: u64,
+    /// Whether the faulting thread serves its faults itself.
+    pub inline: bool,
     /// What is done.
     pub ops: Vec<Op>,
 }
@@ -154,13 +184,14 @@ impl Program {
     /// Makes a program from a seed.
     pub fn generate(seed: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let budgets = [64, 64, 80, 128, 300, 2048];
+        let budgets = [64, 64, 80, 128, 300, 2048, 16384];
         let pages = budgets[rng.random_range(0..budgets.len())];
         // Small files meet their edges more often; large ones overflow a small cache.
         let reach = [3 * 4096, 64 << 10, SIZE_MAX][rng.random_range(0..3)];
         let count = rng.random_range(OPS);
         let ops = (0..count).map(|_| op(&mut rng, reach)).collect();
-        Self { pages, ops }
+        let inline = rng.random();
+        Self { pages, inline, ops }
     }
 }
 
@@ -195,7 +226,8 @@ fn place(rng: &mut SmallRng, reach: u64) -> u64 {
 
 impl fmt::Display for Program {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "pages {}", self.pages)?;
+        let how = if self.inline { " inline" } else { "" };
+        writeln!(f, "pages {}{how}", self.pages)?;
         for op in &self.ops {
             writeln!(f, "{op}")?;
         }
@@ -211,13 +243,20 @@ impl FromStr for Program {
             .lines()
             .map(|line| line.split('#').next().unwrap_or_default().trim())
             .filter(|line| !line.is_empty());
-        let pages = lines
+        let how = lines
             .next()
             .and_then(|line| line.strip_prefix("pages "))
-            .and_then(|number| number.trim().parse().ok())
             .ok_or("a program begins with \"pages N\"")?;
+        let (number, inline) = match how.strip_suffix(" inline") {
+            Some(number) => (number, true),
+            None => (how, false),
+        };
+        let pages = number
+            .trim()
+            .parse()
+            .map_err(|_| format!("{number:?} is no number of pages"))?;
         let ops = lines.map(str::parse).collect::<Result<_, _>>()?;
-        Ok(Self { pages, ops })
+        Ok(Self { pages, inline, ops })
     }
 }
 
@@ -232,6 +271,7 @@ pub fn shrink(program: &Program, mut fails: impl FnMut(&Program) -> bool) -> Pro
         trials += 1;
         let candidate = Program {
             pages: best.pages,
+            inline: best.inline,
             ops,
         };
         let smaller = trials <= TRIALS_MAX && fails(&candidate);

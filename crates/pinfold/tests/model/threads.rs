@@ -1,5 +1,6 @@
-//! Several threads on one file: each writes a range of its own, which ends in the middle of pages, while others read
-//! everything, sync, and drop the cache.
+//! Several threads on one file: each writes a range of its own, which ends in the middle of pages, by calls and by stores
+//! through mappings, from its own memory and from another mapping, while others read and load everything, sync, drop the
+//! cache and the mappings' entries, and cut and grow what lies behind.
 //!
 //! Every byte of a range carries its owner's version. A reader may meet any version between the last one that was
 //! complete when it began and the last one that was begun when it ended, in any mixture (writes are not atomic), but
@@ -8,7 +9,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use pinfold::{File, OpenOptions, Volume};
+use pinfold::{Advice, Delivery, File, MapAccess, MapOptions, Mapping, OpenOptions, Volume};
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
 
@@ -21,6 +22,8 @@ const ROUND_MAX: Duration = Duration::from_secs(60);
 
 struct Shared {
     file: File,
+    /// One of each delivery, over more than the file.
+    maps: [Mapping; 2],
     /// Per owner: the last version begun, and the last one complete.
     begun: Vec<AtomicU64>,
     complete: Vec<AtomicU64>,
@@ -51,8 +54,16 @@ fn watched_round(seed: u64, pages: u64) {
         .unwrap();
     let options = OpenOptions::new().read(true).write(true).create(true);
     let owners = BORDERS.len() - 1;
+    let file = volume.open("file", &options).unwrap();
+    let map = |delivery| {
+        let options = MapOptions::new()
+            .access(MapAccess::Write)
+            .delivery(delivery);
+        file.map(0..2 * BORDERS[owners], &options).unwrap()
+    };
     let shared = Shared {
-        file: volume.open("file", &options).unwrap(),
+        maps: [map(Delivery::Handler), map(Delivery::Inline)],
+        file,
         begun: (0..owners).map(|_| AtomicU64::new(0)).collect(),
         complete: (0..owners).map(|_| AtomicU64::new(0)).collect(),
         over: AtomicBool::new(false),
@@ -85,8 +96,12 @@ fn watched_round(seed: u64, pages: u64) {
         }
     });
     drop(shared);
+    let counts = volume.statistics().cache;
+    assert_eq!(counts.foll_pin_acquired, counts.foll_pin_released);
     volume.close().unwrap();
-    let stored = std::fs::read(dir.path().join("file")).unwrap();
+    let mut stored = std::fs::read(dir.path().join("file")).unwrap();
+    let behind = stored.split_off(BORDERS[owners] as usize);
+    assert!(behind.iter().all(|&byte| byte == 0), "nobody wrote there");
     for owner in 0..owners {
         for at in range(owner) {
             assert_eq!(
@@ -106,6 +121,57 @@ fn byte(owner: usize, version: u64) -> u8 {
     1 + (owner as u64 * (VERSIONS + 1) + version) as u8
 }
 
+impl Shared {
+    fn map(&self, rng: &mut SmallRng) -> &Mapping {
+        &self.maps[rng.random_range(0..2)]
+    }
+
+    /// Writes by a call, by stores, or by a call from mapped memory.
+    fn write(&self, rng: &mut SmallRng, at: u64, source: &[u8]) {
+        let map = self.map(rng);
+        let wrote = match rng.random_range(0..4) {
+            0 => self.file.write_at(source, at).unwrap(),
+            1 => map.write(at as usize, source).unwrap(),
+            2 => {
+                // SAFETY: inside the mapping; nobody holds references into it.
+                unsafe {
+                    let to = map.as_mut_ptr().wrapping_add(at as usize);
+                    std::ptr::copy_nonoverlapping(source.as_ptr(), to, source.len());
+                }
+                source.len()
+            }
+            _ => {
+                let to = map.as_mut_ptr().wrapping_add(at as usize);
+                // SAFETY: inside the mapping; the library makes raw copies into it.
+                let to = unsafe { std::slice::from_raw_parts_mut(to, source.len()) };
+                // From the file into the mapping of the same bytes and back: nothing changes, everything is dirty.
+                let wrote = self.file.write_at(source, at).unwrap();
+                assert_eq!(self.file.read_at(to, at).unwrap(), wrote);
+                self.file.write_at(to, at).unwrap()
+            }
+        };
+        assert_eq!(wrote, source.len());
+    }
+
+    /// Reads by a call or by loads.
+    fn read(&self, rng: &mut SmallRng, at: u64, target: &mut [u8]) {
+        let map = self.map(rng);
+        let got = match rng.random_range(0..3) {
+            0 => self.file.read_at(target, at).unwrap(),
+            1 => map.read(at as usize, target).unwrap(),
+            _ => {
+                // SAFETY: inside the mapping and below the file's end, which nobody cuts so far.
+                unsafe {
+                    let from = map.as_ptr().wrapping_add(at as usize);
+                    std::ptr::copy_nonoverlapping(from, target.as_mut_ptr(), target.len());
+                }
+                target.len()
+            }
+        };
+        assert_eq!(got, target.len());
+    }
+}
+
 /// Writes version after version over the whole range, in pieces in any order, and reads each back.
 fn own(shared: &Shared, owner: usize, seed: u64) {
     let mut rng = SmallRng::seed_from_u64(seed << 8 | owner as u64);
@@ -119,15 +185,11 @@ fn own(shared: &Shared, owner: usize, seed: u64) {
         }
         for start in starts {
             let len = piece.min(range.end - start);
-            let source = vec![byte(owner, version); len as usize];
-            assert_eq!(shared.file.write_at(&source, start).unwrap(), source.len());
+            shared.write(&mut rng, start, &vec![byte(owner, version); len as usize]);
         }
         shared.complete[owner].store(version, Ordering::SeqCst);
         let mut back = vec![0; (range.end - range.start) as usize];
-        assert_eq!(
-            shared.file.read_at(&mut back, range.start).unwrap(),
-            back.len()
-        );
+        shared.read(&mut rng, range.start, &mut back);
         let bad = back.iter().position(|&got| got != byte(owner, version));
         assert_eq!(
             bad,
@@ -150,10 +212,7 @@ fn observe(shared: &Shared, seed: u64) {
             .map(|owner| shared.complete[owner].load(Ordering::SeqCst))
             .collect();
         let mut target = vec![0; len as usize];
-        assert_eq!(
-            shared.file.read_at(&mut target, start).unwrap(),
-            target.len()
-        );
+        shared.read(&mut rng, start, &mut target);
         let most: Vec<u64> = (0..owners)
             .map(|owner| shared.begun[owner].load(Ordering::SeqCst))
             .collect();
@@ -172,10 +231,17 @@ fn observe(shared: &Shared, seed: u64) {
 fn disturb(shared: &Shared, seed: u64) {
     let mut rng = SmallRng::seed_from_u64(seed ^ 0x1234);
     while !shared.over.load(Ordering::Relaxed) {
-        match rng.random_range(0..3) {
+        let map = shared.map(&mut rng);
+        let end = BORDERS[BORDERS.len() - 1];
+        let from = rng.random_range(0..end as usize);
+        match rng.random_range(0..7) {
             0 => shared.file.sync_data().unwrap(),
             1 => shared.file.sync_all().unwrap(),
-            _ => shared.file.drop_cache().unwrap(),
+            2 => shared.file.drop_cache().unwrap(),
+            3 => map.advise(Advice::DontNeed, from..map.len()).unwrap(),
+            4 => map.flush(from..end as usize).unwrap(),
+            5 => shared.file.set_len(end + rng.random_range(0..end)).unwrap(),
+            _ => shared.file.set_len(end).unwrap(),
         }
         std::thread::sleep(Duration::from_micros(rng.random_range(0..3_000)));
     }
