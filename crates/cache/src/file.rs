@@ -515,6 +515,8 @@ impl FilePages {
         let key = self.key(page);
         'again: loop {
             for frame in self.cache.index.candidates(key.hash()) {
+                #[cfg(all(test, not(loom)))]
+                crate::home::tests::look();
                 let header = self.cache.header(frame);
                 if !header.is(key) {
                     continue;

@@ -110,3 +110,104 @@ impl Folio<'_> {
         });
     }
 }
+
+#[cfg(all(test, not(loom)))]
+pub(crate) mod tests {
+    use std::cell::RefCell;
+    use std::ops::Range;
+    use std::sync::Arc;
+
+    use pinfold_base::Errno;
+    use pinfold_mem::uffd::{InstallStop, Installed};
+    use pinfold_mem::{Access, RawSpan};
+    use pinfold_store::testing::MemoryObject;
+
+    use crate::file::Attempt;
+    use crate::map::{MapOutcome, MapTarget, ReverseMap};
+    use crate::{Cache, CacheConfig, FilePages, MEMORY_MIN, Want};
+
+    type Step = Box<dyn FnOnce()>;
+
+    thread_local! {
+        static AT_NEXT_LOOK: RefCell<Option<Step>> = const { RefCell::new(None) };
+    }
+
+    /// Called between the look at an entry of the index and the look at the frame it names.
+    pub(crate) fn look() {
+        let step = AT_NEXT_LOOK.with_borrow_mut(Option::take);
+        if let Some(step) = step {
+            step();
+        }
+    }
+
+    /// A mapping that is never touched.
+    struct Nobody(Range<u64>);
+
+    impl MapTarget for Nobody {
+        fn covers(&self) -> Range<u64> {
+            self.0.clone()
+        }
+
+        fn shared(&self) -> bool {
+            true
+        }
+
+        fn copy(&self, _page: u64, _from: RawSpan, _protect: bool) -> Installed {
+            Installed {
+                pages: 0,
+                stop: Some(InstallStop::Other(Errno::ENOSYS)),
+            }
+        }
+
+        fn resume(&self, pages: Range<u64>, _protect: bool) -> Installed {
+            Installed {
+                pages: (pages.end - pages.start) as usize,
+                stop: None,
+            }
+        }
+
+        fn unprotect(&self, _pages: Range<u64>) {}
+    }
+
+    impl ReverseMap for Nobody {
+        fn unmap(&self, _pages: Range<u64>) {}
+
+        fn protect(&self, _pages: Range<u64>) {}
+    }
+
+    #[test]
+    fn a_page_that_moves_behind_a_look_is_found_all_the_same() {
+        const PAGES: u64 = 40;
+        let cache = Cache::new(CacheConfig {
+            memory: MEMORY_MIN,
+            ..CacheConfig::default()
+        })
+        .unwrap();
+        let store = MemoryObject::with(&vec![7; PAGES as usize * 4096]);
+        let file = FilePages::new(&cache, store, PAGES * 4096);
+        file.open_window(PAGES, Arc::new(Nobody(0..PAGES))).unwrap();
+        let want = Want {
+            pages: 1,
+            ahead: None,
+            nowait: false,
+        };
+        for page in 0..PAGES {
+            drop(file.read(page, &want).unwrap());
+        }
+        // What is gone leaves places in the index before those that follow: where a look has been already.
+        file.discard(0..PAGES / 2);
+        for page in PAGES / 2..PAGES {
+            let theirs = Arc::clone(&file);
+            AT_NEXT_LOOK.set(Some(Box::new(move || {
+                let target = Nobody(0..PAGES);
+                let mapped = theirs.map(page, Access::Read, page..page + 1, None, &target);
+                assert_eq!(mapped.unwrap(), MapOutcome::Mapped);
+            })));
+            match file.try_lock(page) {
+                Attempt::Locked(folio) => assert!(folio.in_window(), "page {page} has moved"),
+                Attempt::Busy(_) => panic!("nobody has page {page}"),
+                Attempt::Gone => panic!("page {page} is cached, a truncation would miss it"),
+            }
+        }
+    }
+}

@@ -12,12 +12,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use pinfold_cache::{FilePages, MapOutcome, Mode, PinKind};
-use pinfold_mem::{Access, UserMapKind};
+use pinfold_cache::{FilePages, MapOutcome, MapTarget, Mode, PinKind, ReverseMap};
+use pinfold_mem::uffd::Installed;
+use pinfold_mem::{Access, RawSpan, UserMapKind};
 use pinfold_store::Object;
-use pinfold_store::testing::MemoryObject;
+use pinfold_store::testing::{DeferredObject, MemoryObject};
 use program::Program;
-use rig::{PAGE, Rig, WANT, within, write};
+use rig::{PAGE, PATIENCE, Rig, WANT, within, write};
 
 /// Pages of the file most tests map.
 const PAGES: u64 = 16;
@@ -536,4 +537,82 @@ fn clear(program: &Program, pages: u64) {
 fn pause<T>() -> Option<T> {
     std::thread::sleep(Duration::from_millis(1));
     None
+}
+
+/// A mapping in which nothing must be installed.
+struct Forbidden;
+
+impl MapTarget for Forbidden {
+    fn covers(&self) -> std::ops::Range<u64> {
+        0..PAGES
+    }
+
+    fn shared(&self) -> bool {
+        true
+    }
+
+    fn copy(&self, page: u64, _from: RawSpan, _protect: bool) -> Installed {
+        panic!("page {page} is installed beyond the end");
+    }
+
+    fn resume(&self, pages: std::ops::Range<u64>, _protect: bool) -> Installed {
+        panic!("pages {pages:?} are installed beyond the end");
+    }
+
+    fn unprotect(&self, pages: std::ops::Range<u64>) {
+        panic!("pages {pages:?} may be stored to beyond the end");
+    }
+}
+
+impl ReverseMap for Forbidden {
+    fn unmap(&self, _pages: std::ops::Range<u64>) {}
+
+    fn protect(&self, _pages: std::ops::Range<u64>) {}
+}
+
+#[test]
+fn t54_a_fault_that_overtakes_a_truncation_maps_nothing_beyond_the_end() {
+    type Call = fn(&Arc<FilePages>) -> MapOutcome;
+    let calls: [Call; 5] = [
+        |file| {
+            file.map(3, Access::Read, 0..PAGES, None, &Forbidden)
+                .unwrap()
+        },
+        |file| {
+            file.map(3, Access::Write, 0..PAGES, None, &Forbidden)
+                .unwrap()
+        },
+        |file| file.make_writable(3).unwrap(),
+        |file| match file.pin(3, PinKind::Write).unwrap() {
+            Some(_) => MapOutcome::Mapped,
+            None => MapOutcome::BeyondEnd,
+        },
+        |file| match file.pin_mapped(3, PinKind::Read, &Forbidden).unwrap() {
+            Some(_) => MapOutcome::Mapped,
+            None => MapOutcome::BeyondEnd,
+        },
+    ];
+    for call in calls {
+        within(Duration::from_secs(60), move || {
+            // With room for a place in the window, or the fault looks at the size once more while it makes some.
+            let rig = Rig::with_room();
+            let bytes = vec![9; PAGES as usize * PAGE];
+            let store = DeferredObject::new(MemoryObject::with(&bytes));
+            let file = FilePages::new(&rig.cache, store.clone(), PAGES * PAGE as u64);
+            file.open_window(PAGES, Arc::new(Forbidden)).unwrap();
+            let outcome = std::thread::scope(|scope| {
+                let faulting = scope.spawn(|| call(&file));
+                // It has seen the size and waits for the page. The truncation sets the size, and then waits for it too.
+                assert!(store.wait_queued(1, PATIENCE), "nothing was read");
+                file.set_end(PAGE as u64);
+                store.release_all();
+                faulting.join().unwrap()
+            });
+            assert_eq!(outcome, MapOutcome::BeyondEnd);
+            assert!(!file.is_dirty(), "a page beyond the end is dirty");
+            file.truncate(PAGE as u64);
+            drop((file, store));
+            rig.is_empty();
+        });
+    }
 }
