@@ -386,6 +386,9 @@ impl Mapping {
     /// Makes a range safe for any access, by system calls and devices too, until the result is dropped: its pages are in
     /// memory, mapped, and stay so. With `write` they may be stored to.
     ///
+    /// Cutting the file there, punching or moving those bytes waits until the result is dropped: not a thing for the thread
+    /// that keeps it. Direct writes over them go through the cache meanwhile.
+    ///
     /// # Errors
     /// What an access would get SIGBUS for; `EFAULT` beyond the end of the file; `ENOMEM` when a quarter of the budget is
     /// pinned already; `EACCES` for `write` in a mapping for reading; `EOPNOTSUPP` for `write` in a private one, whose

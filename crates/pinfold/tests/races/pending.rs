@@ -75,6 +75,8 @@ fn c3_c4_completions_in_any_order_never_make_a_file_shorter() {
         let near = direct.submit_write(aligned(2, b'n'), 2 * P).unwrap();
         assert!(slow.wait_queued(1, PATIENCE));
         assert_eq!(direct.len(), 0, "nothing is stored yet");
+        std::thread::sleep(MOMENT);
+        assert_eq!(slow.queued().len(), 1, "who makes a file longer is alone");
         let mut longest = 0;
         for _ in 0..2 {
             assert!(slow.wait_queued(1, PATIENCE));
