@@ -22,6 +22,7 @@ pub use imp::{Condvar, Mutex, MutexGuard};
 #[cfg(not(loom))]
 mod imp {
     use std::sync::PoisonError;
+    use std::sync::atomic::{AtomicU32, Ordering};
     use std::time::Instant;
 
     pub use std::sync::MutexGuard;
@@ -44,20 +45,35 @@ mod imp {
         }
     }
 
-    /// A condition variable whose `wait` takes and returns the guard.
+    /// A condition variable whose `wait` takes and returns the guard. Notifying nobody costs no system call.
+    ///
+    /// What waiters look at is changed under the mutex, or the mutex is taken between the change and the notification: so
+    /// whoever did not see the change is counted when the notifier looks.
     #[derive(Debug, Default)]
-    pub struct Condvar(std::sync::Condvar);
+    pub struct Condvar {
+        inner: std::sync::Condvar,
+        waiters: AtomicU32,
+    }
 
     impl Condvar {
         /// Makes a condition variable.
         #[must_use]
         pub const fn new() -> Self {
-            Self(std::sync::Condvar::new())
+            Self {
+                inner: std::sync::Condvar::new(),
+                waiters: AtomicU32::new(0),
+            }
         }
 
         /// Sleeps until notified; spurious wake-ups happen.
         pub fn wait<'a, T>(&self, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
-            self.0.wait(guard).unwrap_or_else(PoisonError::into_inner)
+            self.waiters.fetch_add(1, Ordering::Relaxed);
+            let guard = self
+                .inner
+                .wait(guard)
+                .unwrap_or_else(PoisonError::into_inner);
+            self.waiters.fetch_sub(1, Ordering::Relaxed);
+            guard
         }
 
         /// Sleeps until notified or until `deadline`.
@@ -67,21 +83,27 @@ mod imp {
             deadline: Instant,
         ) -> MutexGuard<'a, T> {
             let left = deadline.saturating_duration_since(Instant::now());
+            self.waiters.fetch_add(1, Ordering::Relaxed);
             let (guard, _timed_out) = self
-                .0
+                .inner
                 .wait_timeout(guard, left)
                 .unwrap_or_else(PoisonError::into_inner);
+            self.waiters.fetch_sub(1, Ordering::Relaxed);
             guard
         }
 
         /// Wakes every waiter.
         pub fn notify_all(&self) {
-            self.0.notify_all();
+            if self.waiters.load(Ordering::Relaxed) > 0 {
+                self.inner.notify_all();
+            }
         }
 
         /// Wakes one waiter.
         pub fn notify_one(&self) {
-            self.0.notify_one();
+            if self.waiters.load(Ordering::Relaxed) > 0 {
+                self.inner.notify_one();
+            }
         }
     }
 }
