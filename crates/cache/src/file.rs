@@ -216,7 +216,7 @@ impl FilePages {
         dirty.into_iter().chain(writing).min()
     }
 
-    fn key(&self, page: u64) -> Key {
+    pub(crate) fn key(&self, page: u64) -> Key {
         Key {
             file: self.id,
             page,
@@ -333,6 +333,41 @@ impl FilePages {
         let outcome = self.object.read_wait(page * PAGE_SIZE, &segments);
         self.cache.counters.pages_read.add(folios.len() as u64);
         self.end_fill(folios, outcome).map(Some)
+    }
+
+    /// Reads a missing page as [`FilePages::read`] does, without allocating, and waiting for the store alone; returns it
+    /// locked. `None` where that cannot be: somebody else brings it, pages are worth reading ahead, the store failed.
+    pub(crate) fn fill_here(
+        &self,
+        page: u64,
+        ahead: Option<&ReadAhead>,
+        held: Option<&AddGuard<'_>>,
+    ) -> Option<Folio<'_>> {
+        if ahead.is_some_and(|ahead| ahead.follows(page)) || !self.cache.policy.has_room() {
+            return None;
+        }
+        let gate = match held {
+            None => Some(self.gate.try_add()?),
+            Some(_) => None,
+        };
+        let frame = self.cache.try_take_frames(1).pop()?;
+        let folio = self.insert(page, frame)?;
+        drop(gate);
+        let segments = self.segments_of(page, std::iter::once(folio.frame()));
+        let outcome = self.object.read_here(page * PAGE_SIZE, &segments)?;
+        self.cache.counters.misses.bump();
+        self.cache.counters.pages_read.bump();
+        if let Some(ahead) = ahead {
+            // Nothing is worth it: this page follows no other.
+            ahead.miss(page, 1, self.window_max());
+        }
+        self.settle_fill(&folio, 0, &outcome).then_some(folio)
+    }
+
+    /// Counts a use of a cached page by a fault.
+    pub(crate) fn note_fault_hit(&self, folio: &Folio<'_>) {
+        self.cache.counters.hits.bump();
+        self.cache.policy.touch(folio.frame());
     }
 
     /// Unlocks pages a transfer filled; returns the first.

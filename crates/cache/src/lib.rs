@@ -55,9 +55,9 @@ pub use file::{FilePages, Owner, Want};
 pub use folio::Folio;
 pub use gate::Gate;
 pub use lease::{Lease, PageRef};
-pub use map::{MapOutcome, MapTarget, ReverseMap};
+pub use map::{AROUND_MAX, Here, MapOutcome, MapTarget, ReverseMap};
 pub use pin::{PagePin, PinRefusal, PinSite};
-pub use readahead::ReadAhead;
+pub use readahead::{ReadAhead, Walks};
 pub use state::PinKind;
 pub use writeback::{Mode, Pace};
 

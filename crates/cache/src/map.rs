@@ -7,8 +7,10 @@
 //! `pinfold-fault` implements); the move between a page's two homes (`home.rs`).
 //!
 //! *Locking*: entered with nothing held, or from a signal handler with nothing held ([`FilePages::try_map`], which waits
-//! for nobody and allocates nothing). A store takes the gate's ADD before the folio; nothing is waited for under it. Page tables are changed under the folio's lock; ioctls are leaves.
+//! for nobody and allocates nothing). A store takes the gate's ADD before the folio; nothing but the store's read is waited
+//! for under it. Page tables are changed under the folio's lock; ioctls are leaves.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -28,8 +30,11 @@ use crate::readahead::ReadAhead;
 use crate::slots::Slot;
 use crate::state::{DIRTY, LOCKED, UMAP_RO, UMAP_RW};
 
-/// Pages installed by one fault at most.
-pub const AROUND_MAX: usize = 16;
+/// Pages installed in one run at most, and around a fault on either side of it.
+pub const AROUND_MAX: usize = 64;
+/// Neighbours that move along with a fault served in a signal handler: the policy has room for so many of each handler
+/// that may run at once.
+const SIGNAL_MOVES_MAX: usize = 16;
 
 /// One user mapping, while the cache serves a fault in it; implemented by `pinfold-fault`.
 ///
@@ -81,6 +86,17 @@ pub enum MapOutcome {
     BeyondEnd,
 }
 
+/// How a fault is served by whoever must not allocate.
+#[derive(Debug, Clone)]
+pub struct Here<'a> {
+    /// Neighbours that are installed with the page if they are cached.
+    pub around: Range<u64>,
+    /// The reading pattern to learn from. Where pages are worth reading ahead the fault is left to [`FilePages::map`].
+    pub ahead: Option<&'a ReadAhead>,
+    /// Whether a page that is not cached is read, and room made for it.
+    pub store: bool,
+}
+
 /// What became of an attempt to install a locked page.
 enum Tried {
     Done(MapOutcome),
@@ -88,6 +104,35 @@ enum Tried {
     Stuck,
     /// The kernel did not fill the page in for us: fill it by the library's own address.
     ByHand,
+}
+
+/// How far a fault reached beyond its page, and how much further it may.
+struct Reach {
+    low: Cell<u64>,
+    high: Cell<u64>,
+    /// Neighbours that may still move.
+    moves: Cell<usize>,
+}
+
+impl Reach {
+    fn new(page: u64, moves: usize) -> Self {
+        Self {
+            low: Cell::new(page),
+            high: Cell::new(page),
+            moves: Cell::new(moves),
+        }
+    }
+
+    fn note(&self, pages: &Range<u64>) {
+        self.low.set(self.low.get().min(pages.start));
+        self.high.set(self.high.get().max(pages.end - 1));
+    }
+
+    fn take_move(&self) -> bool {
+        let left = self.moves.get();
+        self.moves.set(left.saturating_sub(1));
+        left > 0
+    }
 }
 
 /// Who serves a fault, and what it may do.
@@ -99,6 +144,7 @@ struct Service<'a> {
     by_hand: bool,
     /// Allocates nothing.
     signal: bool,
+    reach: &'a Reach,
 }
 
 impl Service<'_> {
@@ -192,11 +238,13 @@ impl FilePages {
             ahead,
             nowait: false,
         };
+        let reach = Reach::new(page, usize::MAX);
         let mut service = Service {
             target,
             access,
             by_hand: !target.shared(),
             signal: false,
+            reach: &reach,
         };
         // Taken with nothing held, because it may have to wait; given back unless the page moves.
         let mut slot = None;
@@ -231,6 +279,9 @@ impl FilePages {
                     if service.stores() {
                         self.note_dirty_file();
                     }
+                    if let Some(ahead) = ahead {
+                        ahead.reached(reach.low.get(), reach.high.get());
+                    }
                     return Ok(outcome);
                 }
                 Tried::Stuck => self.wait_movable(page),
@@ -247,35 +298,73 @@ impl FilePages {
         access: Access,
         target: &dyn MapTarget,
     ) -> Option<MapOutcome> {
+        let here = Here {
+            around: page..page + 1,
+            ahead: None,
+            store: false,
+        };
+        self.map_here(page, access, &here, target)
+    }
+
+    /// As [`FilePages::try_map`], with the neighbours of `here`; waits for the store, and nobody else, where that is allowed.
+    pub fn map_here(
+        self: &Arc<Self>,
+        page: u64,
+        access: Access,
+        here: &Here<'_>,
+        target: &dyn MapTarget,
+    ) -> Option<MapOutcome> {
         if page >= self.pages_end() {
             return Some(MapOutcome::BeyondEnd);
         }
+        let reach = Reach::new(page, SIGNAL_MOVES_MAX);
         let service = Service {
             target,
             access,
             by_hand: false,
             signal: true,
+            reach: &reach,
         };
-        let _gate = if service.stores() {
+        let gate = if service.stores() {
             Some(self.gate().try_add()?)
         } else {
             None
         };
-        let Attempt::Locked(folio) = self.try_lock(page) else {
-            return None;
+        let folio = match self.try_lock(page) {
+            // Starting to read ahead allocates: elsewhere, once a window.
+            Attempt::Locked(_) if here.ahead.is_some_and(|ahead| ahead.is_due(page)) => {
+                return None;
+            }
+            Attempt::Locked(folio) => {
+                self.note_fault_hit(&folio);
+                folio
+            }
+            Attempt::Gone if here.store && target.shared() => {
+                self.fill_here(page, here.ahead, gate.as_ref())?
+            }
+            Attempt::Busy(_) | Attempt::Gone => return None,
         };
         let mut slot = None;
         if !folio.in_window() {
             if !target.shared() || !self.cache().policy.has_room() {
                 return None;
             }
-            slot = Some(self.cache().spare_slot()?);
+            slot = Some(
+                self.cache()
+                    .spare_slot()
+                    .or_else(|| here.store.then(|| self.cache().try_take_slot()).flatten())?,
+            );
         }
         if service.stores() && !self.try_note_dirty(&folio) {
             return None;
         }
-        match self.install(folio, &mut slot, &(page..page + 1), service) {
-            Ok(Tried::Done(outcome)) => Some(outcome),
+        match self.install(folio, &mut slot, &here.around, service) {
+            Ok(Tried::Done(outcome)) => {
+                if let Some(ahead) = here.ahead {
+                    ahead.reached(reach.low.get(), reach.high.get());
+                }
+                Some(outcome)
+            }
             Ok(Tried::Stuck | Tried::ByHand) | Err(_) => None,
         }
     }
@@ -466,6 +555,7 @@ impl FilePages {
         }
         if installed.pages > 0 {
             let next = start + installed.pages as u64;
+            service.reach.note(&(start..next));
             if installed.stop.is_none() {
                 self.install_around(around.start..start, service);
                 self.install_around(next..around.end, service);
@@ -487,7 +577,7 @@ impl FilePages {
         around: &Range<u64>,
         service: Service<'_>,
     ) -> Option<Moving<'_>> {
-        if !self.may_join(page, around, service) {
+        if !self.may_join(page, around, service) || !service.reach.take_move() {
             return None;
         }
         let Attempt::Locked(folio) = self.try_lock(page) else {
@@ -503,10 +593,7 @@ impl FilePages {
     }
 
     fn may_join(&self, page: u64, around: &Range<u64>, service: Service<'_>) -> bool {
-        around.contains(&page)
-            && service.target.covers().contains(&page)
-            && page < self.pages_end()
-            && !service.signal
+        around.contains(&page) && service.target.covers().contains(&page) && page < self.pages_end()
     }
 
     /// Installs a locked page of the window, and its neighbours.
@@ -555,6 +642,7 @@ impl FilePages {
             access,
             by_hand: false,
             signal: false,
+            reach: &Reach::new(folio.page(), 0),
         };
         let page = folio.page();
         if service.stores() {
@@ -574,11 +662,15 @@ impl FilePages {
         let end = pages.end.min(covers.end).min(self.pages_end());
         let end = end.min(start.saturating_add(AROUND_MAX as u64));
         // What is stored to is seldom read beside; and a neighbour that is mapped for reading only would fault once more.
-        if service.signal || service.access == Access::Write {
+        if service.access == Access::Write {
             return;
         }
         let mut page = start;
         while page < end {
+            if !self.is_near(page) {
+                page += 1;
+                continue;
+            }
             let left = page..end;
             let mut run: SmallVec<[Folio<'_>; AROUND_MAX]> = SmallVec::new();
             while run.len() < (end - page) as usize {
@@ -601,6 +693,13 @@ impl FilePages {
             // One that could neither be mapped nor moved is passed over.
             page += moved.max(1);
         }
+    }
+
+    /// Tells at a glance whether a page is cached; one that moves just then may be overlooked.
+    fn is_near(&self, page: u64) -> bool {
+        let key = self.key(page);
+        let mut frames = self.cache().index.candidates(key.hash());
+        frames.any(|frame| self.cache().header(frame).is(key))
     }
 
     /// Locks a page of the window that may be installed.
@@ -632,6 +731,10 @@ impl FilePages {
         let installed = service.target.copy(pages.start, span, true).pages;
         for moving in run.into_iter().take(installed) {
             note_mapped(&moving.finish(), false);
+        }
+        if installed > 0 {
+            let end = pages.start + installed as u64;
+            service.reach.note(&(pages.start..end));
         }
         installed as u64
     }
@@ -665,5 +768,9 @@ fn install_run(run: &[Folio<'_>], pages: Range<u64>, service: Service<'_>) {
         }
     }
     // A page that is mapped already ends it: those beside it mostly are as well, and each would cost a system call.
-    let _partly = service.target.resume(pages, service.target.shared());
+    let start = pages.start;
+    let installed = service.target.resume(pages, service.target.shared());
+    if installed.pages > 0 {
+        service.reach.note(&(start..start + installed.pages as u64));
+    }
 }

@@ -16,7 +16,7 @@ const HEAT_MAX: u8 = 3;
 /// Uses after the first that let a page pass from the small queue to the main one.
 const PROMOTE_HEAT: u8 = 1;
 /// Entries there is room for when a signal handler may add one: more than add one at once.
-const ROOM_MIN: usize = 256;
+const ROOM_MIN: usize = 2048;
 /// The small queue's share of the frames.
 const SMALL_SHARE: usize = 10;
 

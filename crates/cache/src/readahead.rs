@@ -5,7 +5,7 @@
 //! read that does not follow the one before closes the window.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use pinfold_base::sync::Mutex;
 
@@ -23,8 +23,10 @@ struct Window {
 /// The reading pattern of one open file.
 #[derive(Debug)]
 pub struct ReadAhead {
-    /// The last page that was read.
+    /// The last page that was read; of pages that came together, the highest.
     last: AtomicU64,
+    /// The lowest of them.
+    first: AtomicU64,
     /// Reading this page or a later one of the window starts the next.
     trigger: AtomicU64,
     window: Mutex<Window>,
@@ -34,6 +36,7 @@ impl Default for ReadAhead {
     fn default() -> Self {
         Self {
             last: AtomicU64::new(NONE),
+            first: AtomicU64::new(NONE),
             trigger: AtomicU64::new(NONE),
             window: Mutex::new(Window { end: 0, size: 0 }),
         }
@@ -81,10 +84,18 @@ impl ReadAhead {
     /// pages to read beyond the request.
     pub fn miss(&self, page: u64, wanted: u64, window_max: u64) -> Range<u64> {
         let before = self.last.swap(page + wanted - 1, Ordering::Relaxed);
-        let follows =
-            before == page || before == page.wrapping_sub(1) || (before == NONE && page == 0);
+        let follows = is_next(before, page);
+        let backward = self.first.swap(page, Ordering::Relaxed) == page.saturating_add(1);
         let start = page + wanted;
         let mut window = self.window.lock();
+        if backward && !follows {
+            // Nobody is told when to start the next one: the walk comes to its end, and there it misses.
+            let size =
+                (window.size * 2).clamp(WINDOW_FIRST.min(window_max.max(1)), window_max.max(1));
+            self.close(&mut window);
+            window.size = size;
+            return page.saturating_sub(size)..page;
+        }
         if !follows {
             self.close(&mut window);
             return start..start;
@@ -98,9 +109,59 @@ impl ReadAhead {
         start..window.end
     }
 
+    /// Notes that pages `first ..= last` came into a mapping together, by a fault on one of them.
+    pub fn reached(&self, first: u64, last: u64) {
+        self.first.store(first, Ordering::Relaxed);
+        self.last.store(last, Ordering::Relaxed);
+    }
+
+    /// Tells whether reading `page`, which is cached, starts to read ahead.
+    #[must_use]
+    pub fn is_due(&self, page: u64) -> bool {
+        page >= self.trigger.load(Ordering::Relaxed)
+    }
+
+    /// Tells whether reading `page` continues a walk, in either direction.
+    #[must_use]
+    pub fn follows(&self, page: u64) -> bool {
+        is_next(self.last.load(Ordering::Relaxed), page) || self.precedes(page)
+    }
+
+    /// Tells whether reading `page` continues a walk towards the beginning.
+    #[must_use]
+    pub fn precedes(&self, page: u64) -> bool {
+        self.first.load(Ordering::Relaxed) == page.saturating_add(1)
+    }
+
     fn close(&self, window: &mut Window) {
         window.size = 0;
         self.trigger.store(NONE, Ordering::Relaxed);
+    }
+}
+
+/// Tells whether `page` comes after `before`, the last page of a walk.
+fn is_next(before: u64, page: u64) -> bool {
+    before == page || before == page.wrapping_sub(1) || (before == NONE && page == 0)
+}
+
+/// Walks that one mapping is told apart by at most: a merge, or a sort that works from both ends, has several.
+const WALKS_MAX: usize = 8;
+
+/// The reading patterns of one mapping, where nothing but the page tells who reads.
+#[derive(Debug, Default)]
+pub struct Walks {
+    walks: [ReadAhead; WALKS_MAX],
+    next: AtomicUsize,
+}
+
+impl Walks {
+    /// Returns the walk that `page` continues, or one to begin there that was not begun lately.
+    pub fn at(&self, page: u64) -> &ReadAhead {
+        let continued = self.walks.iter().find(|walk| walk.follows(page));
+        continued.unwrap_or_else(|| {
+            let next = self.next.fetch_add(1, Ordering::Relaxed);
+            &self.walks[next % WALKS_MAX]
+        })
     }
 }
 
@@ -142,6 +203,34 @@ mod tests {
         assert!(ahead.miss(100_000, 1, 256).is_empty());
         assert_eq!(ahead.hit(100_000, || 256).0, None);
         assert!(!ahead.miss(100_001, 1, 256).is_empty());
+    }
+
+    #[test]
+    fn a_walk_towards_the_beginning_is_read_ahead_of() {
+        let ahead = ReadAhead::default();
+        let (mut cached, mut misses) = (u64::MAX, 0);
+        for page in (0..10_000).rev() {
+            if page < cached {
+                misses += 1;
+                cached = ahead.miss(page, 1, 256).start.min(page);
+            }
+            ahead.reached(page, page);
+        }
+        assert!(misses < 50, "{misses} misses");
+    }
+
+    #[test]
+    fn walks_from_both_ends_are_told_apart() {
+        let walks = Walks::default();
+        let mut read = 0;
+        for step in 0..1000 {
+            for page in [step, 9_999 - step] {
+                let range = walks.at(page).miss(page, 1, 1);
+                read += range.end - range.start;
+                walks.at(page).reached(page, page);
+            }
+        }
+        assert!(read >= 1990, "{read} pages read ahead by two walks");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::time::Duration;
 
-use pinfold_cache::{FilePages, MapOutcome, Mode};
+use pinfold_cache::{FilePages, Here, MapOutcome, Mode, ReadAhead};
 use pinfold_mem::{Access, UserMapKind};
 use pinfold_store::testing::MemoryObject;
 use program::Program;
@@ -71,6 +71,46 @@ fn t67_a_fault_served_at_once_allocates_nothing() {
             assert_eq!(served, 2 * (PAGES - 1));
             assert_eq!(rig.cache.census().dirty_accounted, PAGES as usize);
             file.write_back(0..u64::MAX, Mode::Integrity).unwrap();
+        }
+    });
+}
+
+#[test]
+fn t67_a_page_read_by_the_thread_that_faults_allocates_nothing_and_makes_its_own_room() {
+    within(Duration::from_secs(60), || {
+        let rig = Rig::new();
+        // Four times the budget: most faults evict, from windows and from the arena.
+        let pages = 4 * rig.cache.pages_max() as u64;
+        let store = MemoryObject::with(&vec![7; pages as usize * PAGE]);
+        let file = FilePages::new(&rig.cache, store, pages * PAGE as u64);
+        if let Some(program) = Program::start(&file, pages, UserMapKind::SharedWrite) {
+            let ahead = ReadAhead::default();
+            let (mut at, rounds) = (0, 32 * pages);
+            let mut fault = || {
+                // Odd, so that it comes to every page, and never to a neighbour.
+                at = (at + 77) % pages;
+                let here = Here {
+                    around: at - at % 16..at - at % 16 + 16,
+                    ahead: Some(&ahead),
+                    store: true,
+                };
+                file.map_here(at, Access::Read, &here, &program)
+            };
+            let (mut served, before, read) = (0, CALLS.get(), rig.cache.statistics().pages_read);
+            for _ in 0..rounds {
+                served += u64::from(fault() == Some(MapOutcome::Mapped));
+            }
+            assert_eq!(CALLS.get() - before, 0);
+            // Some meet a page that another thread of the cache has just then.
+            assert!(served > rounds * 9 / 10, "{served} of {rounds} served");
+            let read = rig.cache.statistics().pages_read - read;
+            assert!(
+                read > rounds / 2,
+                "{read} pages were read for {served} faults"
+            );
+            let census = rig.cache.census();
+            assert_eq!(census.dirty_accounted, 0);
+            assert_eq!(program.load_word(at, 0), 0x0707_0707_0707_0707);
         }
     });
 }

@@ -37,13 +37,12 @@ impl Channel {
         self.uffd.delivery()
     }
 
-    /// Reads events and shows them to `serve` until [`Uffd::stop`].
-    pub(crate) fn drain(&self, mut serve: impl FnMut(&Event)) {
-        let mut events = [Event::NONE; EVENTS_MAX];
+    /// Waits for events; `None` after [`Uffd::stop`].
+    pub(crate) fn read<'e>(&self, events: &'e mut [Event; EVENTS_MAX]) -> Option<&'e [Event]> {
         loop {
-            match self.uffd.read_events(&mut events) {
-                Ok(0) => return,
-                Ok(count) => events[..count].iter().for_each(&mut serve),
+            match self.uffd.read_events(events) {
+                Ok(0) => return None,
+                Ok(count) => return Some(&events[..count]),
                 // Threads wait on us: giving up would hang them, trying without a pause would burn a processor.
                 Err(_) => std::thread::sleep(REST),
             }

@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use pinfold_base::sync::Mutex;
+use pinfold_base::sync::{Mutex, MutexGuard};
 use pinfold_base::{Errno, PAGE_SIZE};
 use pinfold_cache::{CacheError, MapOutcome};
 use pinfold_mem::forked::Process;
@@ -20,7 +20,7 @@ use pinfold_mem::{
     Access, Delivery, MappedMemory, Privilege, Quiet, Uffd, UserMapKind, Window, quiet,
 };
 
-use crate::channel::Channel;
+use crate::channel::{Channel, EVENTS_MAX};
 use crate::file_mappings::FileMappings;
 use crate::mapping::UserMapping;
 use crate::refusal::{HOLD, Refusal};
@@ -29,6 +29,10 @@ use crate::{FaultCounters, FaultSnapshot, FaultTarget};
 
 /// Threads that serve faults with I/O, at most; the first is started with the first mapping, more when faults wait.
 const WORKERS_MAX: usize = 16;
+
+/// Threads that read events. One does; the next takes over when it leaves to serve a fault itself, which spares that fault the
+/// way through another thread. The last one stays, and hands over.
+const READERS: usize = 4;
 
 /// Why a mapping could not be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +92,10 @@ pub(crate) struct Shared {
     /// Mappings by their first address, and by themselves: one may begin where another gave up its first pages.
     table: RwLock<BTreeMap<(usize, usize), Arc<UserMapping>>>,
     threads: Mutex<Threads>,
+    /// Held by the thread that reads events.
+    reading: Mutex<()>,
+    /// Readers that wait for their turn.
+    resting: AtomicUsize,
     /// Refusals that stand and have to be taken back some time.
     refusals: AtomicUsize,
 }
@@ -145,31 +153,65 @@ impl Shared {
         table.remove(&key(mapping));
     }
 
-    /// Serves an event if that needs no waiting, else hands it over.
-    fn event(&self, event: &Event) {
+    /// What a thread that reads events does, until they end.
+    fn read_events(&self, channel: &Channel) {
+        let mut events = [Event::NONE; EVENTS_MAX];
+        let mut reading = self.take_turn();
+        while let Some(events) = channel.read(&mut events) {
+            let mut waiting = events.iter().filter_map(|event| self.at_once(event));
+            // Of those that have to wait one is served here, if another thread reads events meanwhile.
+            let mine = waiting.next();
+            waiting.for_each(|request| self.hand_over(request));
+            let Some(request) = mine else {
+                continue;
+            };
+            if self.resting.load(Ordering::SeqCst) == 0 {
+                self.hand_over(request);
+                continue;
+            }
+            drop(reading);
+            if self.serve_request(request) == Answer::Refused {
+                // Whoever takes refusals back may be asleep.
+                self.slots.nudge();
+            }
+            reading = self.take_turn();
+        }
+        drop(reading);
+    }
+
+    fn take_turn(&self) -> MutexGuard<'_, ()> {
+        self.resting.fetch_add(1, Ordering::SeqCst);
+        let turn = self.reading.lock();
+        self.resting.fetch_sub(1, Ordering::SeqCst);
+        turn
+    }
+
+    fn hand_over(&self, request: Request) {
+        self.counters.faults_handed_over.bump();
+        // When serving has ended there are no mappings any more whose threads could wait.
+        self.slots.submit(request);
+    }
+
+    /// Serves an event if that needs no waiting; returns what is to be served otherwise.
+    fn at_once(&self, event: &Event) -> Option<Request> {
         self.counters.note(event.access);
-        let Some(mapping) = self.find(event.addr) else {
-            return;
-        };
+        let mapping = self.find(event.addr)?;
         let protected = event.kind == FaultKind::WriteProtected;
         let at_once = catch_unwind(AssertUnwindSafe(|| {
-            mapping.try_serve(event.addr, event.access, protected)
+            mapping.try_serve(event.addr, event.access, protected, false)
         }));
         if matches!(at_once, Ok(Some(MapOutcome::Mapped))) {
             mapping.wake(event.addr);
-            return;
+            return None;
         }
-        drop(mapping);
-        self.counters.faults_handed_over.bump();
-        // When serving has ended there are no mappings any more whose threads could wait.
-        self.slots.submit(Request {
+        Some(Request {
             addr: event.addr,
             access: event.access,
             protected,
             waiter: Waiter::Kernel {
                 thread: event.thread,
             },
-        });
+        })
     }
 
     pub(crate) fn note_refusals(&self, count: usize) {
@@ -214,11 +256,14 @@ impl Shared {
     }
 
     fn serve(&self, taken: Taken<'_>) {
-        let request = taken.request();
+        let answer = self.serve_request(taken.request());
+        taken.finish(answer);
+    }
+
+    fn serve_request(&self, request: Request) -> Answer {
         let Some(mapping) = self.find(request.addr) else {
             // Unmapped meanwhile, which has sent its waiters on already.
-            taken.finish(Answer::Served);
-            return;
+            return Answer::Served;
         };
         let outcome =
             self.guarded(|| mapping.serve(request.addr, request.access, request.protected));
@@ -239,11 +284,11 @@ impl Shared {
         }
         // Before the answer: whoever gets it may unmap at once, and would wait for us.
         drop(mapping);
-        taken.finish(if refusal.is_none() {
+        if refusal.is_none() {
             Answer::Served
         } else {
             Answer::Refused
-        });
+        }
     }
 
     /// Turns a panic of what serves a fault into a refusal: one fault, not the pool.
@@ -310,6 +355,8 @@ impl Faults {
                 counters: FaultCounters::default(),
                 table: RwLock::new(BTreeMap::new()),
                 threads: Mutex::new(Threads::default()),
+                reading: Mutex::new(()),
+                resting: AtomicUsize::new(0),
                 refusals: AtomicUsize::new(0),
             }),
             channels: Mutex::new(Channels::default()),
@@ -357,11 +404,11 @@ impl Faults {
             Uffd::open(delivery, self.privileges.clone(), false).map_err(SetupError::Uffd)?;
         let channel = Arc::new(Channel::new(uffd));
         if delivery == Delivery::Handler {
-            let (shared, source) = (Arc::clone(&self.shared), Arc::clone(&channel));
-            let handle = spawn("pinfold-events", move || {
-                source.drain(|event| shared.event(event));
-            })?;
-            self.shared.threads.lock().handles.push(handle);
+            for _ in 0..READERS {
+                let (shared, source) = (Arc::clone(&self.shared), Arc::clone(&channel));
+                let handle = spawn("pinfold-events", move || shared.read_events(&source))?;
+                self.shared.threads.lock().handles.push(handle);
+            }
         }
         Ok(Arc::clone(place.insert(channel)))
     }

@@ -1,7 +1,7 @@
 //! Mappings served by userfaultfd (DESIGN.md section 5).
 //!
 //! *Owns*: the program's mappings ([`UserMapping`]) and the list of each file's ([`FileMappings`]); the userfaultfds, the
-//! thread that reads their events and the pool that serves what has to wait ([`Faults`]); what a thread gets whose fault
+//! threads that read their events and the pool that serves what has to wait ([`Faults`]); what a thread gets whose fault
 //! cannot be served. The trait [`FaultTarget`] that a fault calls.
 //!
 //! *Does not own*: glocks, file sizes, pages, the address ranges themselves ([`pinfold_mem::UserMap`]).
@@ -12,8 +12,10 @@
 //!
 //! ```text
 //!  a thread touches U
-//!    |- handler: sleeps in the kernel -> event -> drain thread: at once, or -> slot -> pool: page in, install, wake
-//!    '- inline:  SIGBUS -> find(addr) -> at once, or -> slot -> pool: page in, install -> futex wake -> repeat
+//!    |- handler: sleeps in the kernel -> event -> reader: at once; or passes its turn on: page in, install, wake;
+//!    |                                                     or -> slot -> pool: the same, when no reader is left
+//!    '- inline:  SIGBUS -> find(addr) -> at once, or reads the page itself: install -> repeat
+//!                                     or -> slot -> pool: page in, install -> futex wake -> repeat
 //! ```
 //! A program whose signals must not fail has its answer too: beyond the end of the file and after errors of the store it
 //! gets SIGBUS, never a hang, and also when the pool is gone.
@@ -92,8 +94,9 @@ pub trait FaultTarget: Send + Sync {
     /// The store's; no frame.
     fn fault(&self, fault: &Fault<'_>) -> Result<MapOutcome, CacheError>;
 
-    /// The same as far as it needs no waiting, no allocation and no I/O; may run in a signal handler.
-    fn try_fault(&self, fault: &Fault<'_>) -> Option<MapOutcome>;
+    /// The same as far as it needs no allocation, and waits for nobody, but for the store where it `may_read`; may run in a
+    /// signal handler.
+    fn try_fault(&self, fault: &Fault<'_>, may_read: bool) -> Option<MapOutcome>;
 
     /// Does to a page what a first store does, without installing it anywhere. Nothing is held.
     ///

@@ -8,7 +8,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use pinfold_base::rank::rule_zero;
 use pinfold_base::{Errno, PAGE_SIZE};
 use pinfold_cache::{
-    CacheError, FilePages, MapOutcome, MapTarget, PinKind, PinRefusal, ReadAhead, Want,
+    AROUND_MAX, CacheError, FilePages, MapOutcome, MapTarget, PinKind, PinRefusal, Walks, Want,
 };
 use pinfold_mem::{
     Access, Delivery, InstallStop, Installed, Lent, MappedMemory, PinStop, PinnedPart, RawSpan,
@@ -25,8 +25,8 @@ use crate::{Fault, FaultTarget};
 const PAGE: usize = PAGE_SIZE as usize;
 /// Pages installed around a fault at most, as in Linux: an aligned block of so many.
 const AROUND_PAGES: u64 = 16;
-/// The same where the program says that it walks through.
-const AROUND_PAGES_SEQUENTIAL: u64 = 64;
+/// The same where the program walks through, or says so: pages that it comes to next, in its direction.
+const AROUND_PAGES_SEQUENTIAL: u64 = AROUND_MAX as u64;
 
 /// What the program is about to do with mapped bytes, as in madvise(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -56,7 +56,7 @@ pub struct UserMapping {
     shared: Arc<Shared>,
     /// Pages not given up. Held for reading while pages are installed, for writing while some are given up.
     live: RwLock<SmallVec<[Range<u64>; 1]>>,
-    ahead: ReadAhead,
+    walks: Walks,
     advice: AtomicU8,
     refusals: Refusals,
     /// Pool threads that serve a fault in it.
@@ -85,7 +85,7 @@ impl UserMapping {
             channel,
             target,
             shared,
-            ahead: ReadAhead::default(),
+            walks: Walks::default(),
             advice: AtomicU8::new(Advice::Normal as u8),
             refusals: Refusals::default(),
             serving: AtomicU32::new(0),
@@ -108,12 +108,6 @@ impl UserMapping {
     #[must_use]
     pub fn pages(&self) -> &Arc<FilePages> {
         self.target.pages()
-    }
-
-    /// Returns the reading pattern of its faults.
-    #[must_use]
-    pub fn ahead(&self) -> &ReadAhead {
-        &self.ahead
     }
 
     /// Sets what is installed around a fault and read ahead of it. Takes the lasting kinds; the others change nothing.
@@ -192,12 +186,18 @@ impl UserMapping {
     /// Describes a fault that is installed at `place`.
     fn fault_on<'a>(&'a self, page: u64, access: Access, place: &'a Place<'_>) -> Fault<'a> {
         let advice = self.advice.load(Ordering::Relaxed);
-        let block = match advice {
-            random if random == Advice::Random as u8 => 1,
-            sequential if sequential == Advice::Sequential as u8 => AROUND_PAGES_SEQUENTIAL,
-            _ => AROUND_PAGES,
+        let random = advice == Advice::Random as u8;
+        let walk = self.walks.at(page);
+        let long = AROUND_PAGES_SEQUENTIAL;
+        let (start, block) = if random {
+            (page, 1)
+        } else if walk.precedes(page) {
+            ((page + 1).saturating_sub(long), long.min(page + 1))
+        } else if advice == Advice::Sequential as u8 || walk.follows(page) {
+            (page, long)
+        } else {
+            (page - page % AROUND_PAGES, AROUND_PAGES)
         };
-        let start = page - page % block;
         let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
         let inside = live.iter().find(|range| range.contains(&page));
         let around = inside.map_or(page..page, |range| {
@@ -212,21 +212,22 @@ impl UserMapping {
                 access
             },
             around,
-            ahead: (advice != Advice::Random as u8).then_some(&self.ahead),
+            ahead: (!random).then_some(walk),
             to: place,
         }
     }
 
-    /// Serves a fault as far as that needs no waiting; may run in a signal handler.
+    /// Serves a fault as far as that needs no waiting, but for the store where it `may_read`; may run in a signal handler.
     pub(crate) fn try_serve(
         &self,
         addr: usize,
         access: Access,
         protected: bool,
+        may_read: bool,
     ) -> Option<MapOutcome> {
         let place = Place(self, protected);
         let fault = self.fault_on(self.map.page_at(addr)?, access, &place);
-        let outcome = self.target.try_fault(&fault)?;
+        let outcome = self.target.try_fault(&fault, may_read)?;
         self.shared.counters.faults_minor.bump();
         Some(outcome)
     }
@@ -465,7 +466,7 @@ impl MappedMemory for UserMapping {
         rule_zero("a fault in mapped memory");
         let counters = &self.shared.counters;
         counters.note(access);
-        let served = match self.try_serve(addr, access, false) {
+        let served = match self.try_serve(addr, access, false, true) {
             Some(MapOutcome::Mapped) => true,
             Some(MapOutcome::BeyondEnd) => false,
             None => {
@@ -593,7 +594,7 @@ impl MappedMemory for UserMapping {
                 Access::Read | Access::Write => {
                     let want = Want {
                         pages: ((at + len - done).div_ceil(PAGE)) as u64,
-                        ahead: Some(&self.ahead),
+                        ahead: Some(self.walks.at(page)),
                         nowait: false,
                     };
                     self.pages().read(page, &want).is_ok()

@@ -233,6 +233,12 @@ impl Slots {
         self.idle.load(Ordering::SeqCst) == 0 && self.slots.iter().any(waits)
     }
 
+    /// Wakes a server that has slept through something other than a fault.
+    pub(crate) fn nudge(&self) {
+        self.posted.fetch_add(1, Ordering::SeqCst);
+        park::wake(&self.posted, 1);
+    }
+
     /// Ends serving: whoever waits or comes later is refused, servers go home.
     pub(crate) fn stop(&self) {
         self.stopped.store(true, Ordering::SeqCst);

@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use parking_lot::Mutex;
 use pinfold_base::rank::{Rank, ReadGuard, RwLock, WriteGuard};
 use pinfold_base::{Errno, PAGE_SIZE, page_span};
-use pinfold_cache::{CacheError, FilePages, MapOutcome, Mode, Owner, Pace, Sample};
+use pinfold_cache::{CacheError, FilePages, Here, MapOutcome, Mode, Owner, Pace, Sample};
 use pinfold_fault::{Fault, FaultTarget, FileMappings};
 use pinfold_mem::{Access, clock};
 use pinfold_store::{Object, StoreError, SyncScope};
@@ -416,7 +416,7 @@ impl FaultTarget for Inode {
             .map(fault.page, fault.access, around, fault.ahead, fault.to)
     }
 
-    fn try_fault(&self, fault: &Fault<'_>) -> Option<MapOutcome> {
+    fn try_fault(&self, fault: &Fault<'_>, may_read: bool) -> Option<MapOutcome> {
         if fault.access == Access::Write {
             // A thread that would be slowed down, or has to ask for room, does so in the pool.
             if !self.engine.cache.is_calm() || !self.engine.reserve_at_once(PAGE_SIZE) {
@@ -424,7 +424,13 @@ impl FaultTarget for Inode {
             }
             self.touch_modified();
         }
-        self.pages.try_map(fault.page, fault.access, fault.to)
+        let here = Here {
+            around: fault.around.clone(),
+            ahead: fault.ahead,
+            store: may_read,
+        };
+        self.pages
+            .map_here(fault.page, fault.access, &here, fault.to)
     }
 
     fn make_writable(&self, page: u64) -> std::result::Result<MapOutcome, CacheError> {

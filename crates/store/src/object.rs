@@ -156,6 +156,13 @@ pub trait Object: Send + Sync + fmt::Debug {
         })
     }
 
+    /// Reads one range in the calling thread, which may be in a signal handler: allocates nothing, takes no lock that one
+    /// may wait for with memory being allocated. `None`, with nothing done, where that cannot be.
+    fn read_here(&self, offset: u64, segments: &Segments) -> Option<Progress<StoreError>> {
+        let _ = (offset, segments);
+        None
+    }
+
     /// Writes one range and waits.
     fn write_wait(&self, offset: u64, segments: &Segments) -> Progress<StoreError> {
         wait_for(|done| {

@@ -109,6 +109,10 @@ impl Object for Watched {
         self.inner.read_wait(offset, segments)
     }
 
+    fn read_here(&self, offset: u64, segments: &Segments) -> Option<Progress<StoreError>> {
+        self.inner.read_here(offset, segments)
+    }
+
     fn write_wait(&self, offset: u64, segments: &Segments) -> Progress<StoreError> {
         let _change = self.watch.begin();
         self.inner.write_wait(offset, segments)

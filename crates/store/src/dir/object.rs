@@ -326,7 +326,20 @@ impl DirObject {
         let Some(pair) = self.core.pair(op) else {
             return Progress::stopped(0, named(Errno::EBADF));
         };
-        let split = self.core.split(op, &pair, offset, segments);
+        self.transfer_by(&pair, op, offset, segments)
+    }
+
+    /// As [`DirObject::transfer_here`], by given descriptors. Allocates nothing for one span that is one part.
+    fn transfer_by(
+        &self,
+        pair: &Pair,
+        op: Op,
+        offset: u64,
+        segments: &Segments,
+    ) -> Progress<StoreError> {
+        let len = segments.bytes() as u64;
+        let named = |errno| error(operation(op), offset, len, errno);
+        let split = self.core.split(op, pair, offset, segments);
         let transfer = match op {
             Op::Read => Engine::read_wait,
             Op::Write => Engine::write_wait,
@@ -580,6 +593,12 @@ impl Object for DirObject {
             });
         }
         self.transfer_here(Op::Read, offset, segments)
+    }
+
+    fn read_here(&self, offset: u64, segments: &Segments) -> Option<Progress<StoreError>> {
+        // Not waited for: whoever has it may be allocating.
+        let pair = self.core.files.try_read()?.reader.clone()?;
+        (segments.spans().len() == 1).then(|| self.transfer_by(&pair, Op::Read, offset, segments))
     }
 
     fn write_wait(&self, offset: u64, segments: &Segments) -> Progress<StoreError> {

@@ -198,6 +198,25 @@ impl Object for MemoryObject {
         }
     }
 
+    fn read_here(&self, offset: u64, segments: &Segments) -> Option<Progress<StoreError>> {
+        let content = self.content.try_lock()?;
+        let [span] = segments.spans() else {
+            return None;
+        };
+        let have = content.len.saturating_sub(offset).min(span.len() as u64) as usize;
+        let mut at = 0;
+        while at < have {
+            let (page, in_page) = place(offset + at as u64);
+            let n = (PAGE - in_page).min(have - at);
+            match content.pages.get(&page) {
+                Some(bytes) => span.copy_from(at, &bytes[in_page..in_page + n]),
+                None => span.copy_from(at, &[0; PAGE][..n]),
+            };
+            at += n;
+        }
+        Some(Progress::complete(have as u64))
+    }
+
     fn write(&self, batch: Vec<Transfer>) {
         for transfer in batch {
             let outcome = self.write_one(transfer.offset, &transfer.segments);
