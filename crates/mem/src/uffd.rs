@@ -21,7 +21,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use linux_raw_sys::general as raw;
 use pinfold_base::{Errno, PAGE_SIZE};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
@@ -217,6 +217,9 @@ pub struct Uffd {
     fd: OwnedFd,
     /// Readable once readers shall leave.
     stop: OwnedFd,
+    /// Waits for both, where there are events to read. Not poll(2): under a limit of no descriptors, which sandboxes set,
+    /// it takes none, and threads that have faulted would wait for ever.
+    ready: Option<OwnedFd>,
     delivery: Delivery,
     privilege: Privilege,
     features: u64,
@@ -267,9 +270,15 @@ impl Uffd {
         handshake(&fd, features)?;
         let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(system("eventfd"))?;
+        let (fd, stop) = (high(fd), high(stop));
+        let ready = match delivery {
+            Delivery::Handler => Some(wait_set(&fd, &stop)?),
+            Delivery::Inline => None,
+        };
         Ok(Self {
-            fd: high(fd),
-            stop: high(stop),
+            fd,
+            stop,
+            ready,
             delivery,
             privilege,
             features,
@@ -505,25 +514,33 @@ impl Uffd {
     /// Waits for events and reads some; 0 once [`Uffd::stop`] was called.
     ///
     /// # Errors
-    /// `EINVAL` with [`Delivery::Inline`], which has no events; what poll(2) and read(2) say.
+    /// `EINVAL` with [`Delivery::Inline`], which has no events; what epoll_wait(2) and read(2) say.
     pub fn read_events(&self, events: &mut [Event]) -> Result<usize, Errno> {
-        if self.delivery == Delivery::Inline || events.is_empty() {
+        let Some(set) = self.ready.as_ref().filter(|_| !events.is_empty()) else {
             return Err(Errno::EINVAL);
-        }
+        };
         loop {
-            let mut ready = [
-                PollFd::new(&self.fd, PollFlags::IN),
-                PollFd::new(&self.stop, PollFlags::IN),
-            ];
-            match poll(&mut ready, None) {
-                Ok(_) => {}
+            let nothing = epoll::Event {
+                flags: epoll::EventFlags::empty(),
+                data: epoll::EventData::new_u64(FAULTS),
+            };
+            let mut ready = [nothing; 2];
+            let count = match epoll::wait(set, &mut ready, None) {
+                Ok(count) => count,
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(other) => return Err(errno(other)),
-            }
-            if !ready[1].revents().is_empty() {
+            };
+            let ready = &ready[..count];
+            if ready
+                .iter()
+                .any(|&epoll::Event { data, .. }| data.u64() == STOP)
+            {
                 return Ok(0);
             }
-            if ready[0].revents().contains(PollFlags::ERR) {
+            if ready
+                .iter()
+                .any(|&epoll::Event { flags, .. }| flags.contains(epoll::EventFlags::ERR))
+            {
                 return Err(Errno::EIO);
             }
             let count = self.read_ready(events)?;
@@ -592,6 +609,20 @@ fn features_wanted(delivery: Delivery, wp_async: bool) -> u64 {
         features |= raw::UFFD_FEATURE_WP_ASYNC;
     }
     u64::from(features)
+}
+
+/// What `wait_set` calls its members.
+const FAULTS: u64 = 0;
+const STOP: u64 = 1;
+
+/// Makes one descriptor that waits for events and for the end of their readers.
+fn wait_set(faults: &OwnedFd, stop: &OwnedFd) -> Result<OwnedFd, UffdError> {
+    let set = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(system("epoll_create1"))?;
+    for (member, name) in [(faults, FAULTS), (stop, STOP)] {
+        let name = epoll::EventData::new_u64(name);
+        epoll::add(&set, member, name, epoll::EventFlags::IN).map_err(system("epoll_ctl"))?;
+    }
+    Ok(high(set))
 }
 
 /// Gets a bare descriptor in the best way allowed.

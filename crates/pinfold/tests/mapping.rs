@@ -9,6 +9,7 @@
 mod mapping {
     mod basics;
     mod buffers;
+    mod limits;
     mod private;
     mod races;
     mod refusals;
