@@ -14,12 +14,20 @@ static BASE: AtomicUsize = AtomicUsize::new(0);
 static LOADS: AtomicUsize = AtomicUsize::new(0);
 static WRONG: AtomicBool = AtomicBool::new(false);
 
-/// Loads a byte of some page that is probably cold, and stores to another.
+/// Handlers that run: the mapping may only go when none of them has its address.
+static INSIDE: AtomicUsize = AtomicUsize::new(0);
+
 extern "C" fn on_timer(_: libc::c_int) {
+    INSIDE.fetch_add(1, Ordering::SeqCst);
     let base = BASE.load(Ordering::SeqCst);
-    if base == 0 {
-        return;
+    if base != 0 {
+        touch(base);
     }
+    INSIDE.fetch_sub(1, Ordering::SeqCst);
+}
+
+/// Loads a byte of some page that is probably cold, and stores to it.
+fn touch(base: usize) {
     let round = LOADS.fetch_add(1, Ordering::SeqCst);
     let page = round * 37 % PAGES;
     let addr = std::ptr::with_exposed_provenance_mut::<u8>(base + page * PAGE);
@@ -107,9 +115,11 @@ fn child() {
     let off: libc::itimerval = unsafe { std::mem::zeroed() };
     // SAFETY: a complete timer.
     unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const off, std::ptr::null_mut()) };
-    // One that is on its way still finds the mapping, or none.
+    // One that is on its way still finds the mapping, or none; on a busy machine it takes its time.
     BASE.store(0, Ordering::SeqCst);
-    thread::sleep(Duration::from_millis(100));
+    while INSIDE.load(Ordering::SeqCst) > 0 {
+        thread::sleep(Duration::from_millis(1));
+    }
     assert!(!WRONG.load(Ordering::SeqCst), "a handler read other bytes");
     let loads = LOADS.load(Ordering::SeqCst);
     assert!(loads > 100, "{loads} signals are no test");
