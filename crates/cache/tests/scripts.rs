@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pinfold_base::Errno;
-use pinfold_cache::{CacheConfig, CacheError, FilePages, Lease, Mode, ReadAhead, Want};
+use pinfold_cache::{CacheConfig, CacheError, FilePages, Lease, Mode, PinKind, ReadAhead, Want};
 use pinfold_store::Operation;
 use pinfold_store::testing::{Action, DeferredObject, FaultyObject, MemoryObject, On, Rule};
 use rig::{MOMENT, PAGE, PATIENCE, Rig, WANT, within, write};
@@ -241,5 +241,51 @@ fn a_file_dropped_during_read_ahead_gives_its_frames_back() {
         drop(file);
         slow.open();
         rig.is_empty();
+    });
+}
+
+/// T51, E-8: one pin more than the count of a page can hold is refused, changes nothing, and takes nothing from the other
+/// kind or from other pages; all the counts are back in the end.
+#[test]
+fn t51_a_page_pinned_4095_times_refuses_the_next_pin_and_keeps_its_counts() {
+    const PINS: usize = (1 << 12) - 1;
+    within(PATIENCE, || {
+        let rig = Rig::new();
+        let file = FilePages::new(&rig.cache, MemoryObject::new(), 0);
+        write(&file, 0..2, 1);
+        sync(&file);
+        let pins = || {
+            let now = rig.cache.statistics();
+            (now.foll_pin_acquired, now.foll_pin_released)
+        };
+        for kind in [PinKind::Read, PinKind::Write] {
+            let (acquired, released) = pins();
+            let mut held: Vec<_> = (0..PINS)
+                .map(|_| file.pin(0, kind).unwrap().unwrap())
+                .collect();
+            let before = rig.cache.census().in_use;
+            for _ in 0..3 {
+                let refused = file.pin(0, kind).unwrap_err();
+                assert_eq!(refused, CacheError::TooManyPins);
+                assert_eq!(refused.errno(), Errno::ENOMEM);
+            }
+            assert_eq!(pins(), (acquired + PINS as u64, released), "{kind:?}");
+            assert_eq!(rig.cache.census().in_use, before, "{kind:?}");
+            let other = match kind {
+                PinKind::Read => PinKind::Write,
+                PinKind::Write => PinKind::Read,
+            };
+            drop(file.pin(0, other).unwrap().unwrap());
+            drop(file.pin(1, kind).unwrap().unwrap());
+            // Room for one is room for one.
+            held.pop();
+            held.push(file.pin(0, kind).unwrap().unwrap());
+            file.pin(0, kind).unwrap_err();
+            drop(held);
+            let (acquired, released) = pins();
+            assert_eq!(acquired, released, "{kind:?}");
+        }
+        sync(&file);
+        rig.is_at_rest();
     });
 }
