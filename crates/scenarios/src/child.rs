@@ -8,14 +8,17 @@
 
 use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use pinfold_base::Errno;
+use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::{Deserialize, Serialize};
 
+use crate::runner::place;
 use crate::scenario::{Context, Outcome, Scenario, Stop};
 use crate::suite;
 use crate::target::Target;
@@ -36,6 +39,19 @@ pub struct Job {
     pub race_ms: u64,
 }
 
+/// What a process is started for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Order {
+    /// To run a scenario.
+    Run(Job),
+    /// To remove a directory when whoever started it is gone: when its standard input ends.
+    Sweep {
+        /// The directory.
+        sweep: PathBuf,
+    },
+}
+
 /// What a child says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -48,6 +64,8 @@ pub enum Message {
         outcome: Outcome,
         /// What it measured.
         notes: Vec<String>,
+        /// Whether another run may take another course.
+        varies: bool,
     },
 }
 
@@ -59,27 +77,35 @@ const BEAT_EVERY: Duration = Duration::from_millis(100);
 /// A program that is to be its own child calls this when it is started with a job, before it does anything else.
 #[must_use]
 pub fn run(json: &str) -> ExitCode {
-    // A runner that is killed must not leave scenarios behind.
-    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
-    // Below the library's own handler, which comes with its first copy: a fault is the library's first.
-    pinfold_mem::region::touch::install();
-    let job: Job = match serde_json::from_str(json) {
-        Ok(job) => job,
+    let order = match serde_json::from_str(json) {
+        Ok(order) => order,
         Err(error) => {
             eprintln!("a job was expected: {error}");
             return ExitCode::from(2);
         }
     };
+    let job = match order {
+        Order::Run(job) => job,
+        Order::Sweep { sweep } => return place::sweep(&sweep),
+    };
+    // A runner that is killed must not leave scenarios behind.
+    let _ = set_parent_process_death_signal(Some(Signal::KILL));
+    // Below the library's own handler, which comes with its first copy: a fault is the library's first.
+    pinfold_mem::region::touch::install();
     let Some(scenario) = suite::find(&job.scenario) else {
         eprintln!("no scenario is called {:?}", job.scenario);
         return ExitCode::from(2);
     };
     let role = std::env::var(ROLE).ok();
     let leads = role.is_none();
-    let (outcome, notes) = perform(scenario, &job, role);
+    let (outcome, notes, varies) = perform(scenario, &job, role);
     let good = !outcome.is_bad();
     if leads {
-        say(&Message::Done { outcome, notes });
+        say(&Message::Done {
+            outcome,
+            notes,
+            varies,
+        });
     }
     if good {
         ExitCode::SUCCESS
@@ -88,10 +114,14 @@ pub fn run(json: &str) -> ExitCode {
     }
 }
 
-fn perform(scenario: &'static Scenario, job: &Job, role: Option<String>) -> (Outcome, Vec<String>) {
-    let fs = match job.target.open() {
+fn perform(
+    scenario: &'static Scenario,
+    job: &Job,
+    role: Option<String>,
+) -> (Outcome, Vec<String>, bool) {
+    let fs = match job.target.open(role.as_deref()) {
         Ok(fs) => fs,
-        Err(reason) => return (Outcome::Skipped { reason }, Vec::new()),
+        Err(reason) => return (Outcome::Skipped { reason }, Vec::new(), false),
     };
     // Lives as long as the process: the thread that reports beats does too.
     let beats: &'static AtomicU64 = Box::leak(Box::new(AtomicU64::new(0)));
@@ -105,9 +135,10 @@ fn perform(scenario: &'static Scenario, job: &Job, role: Option<String>) -> (Out
     let ended = ended.unwrap_or_else(|_| Err(Stop::Fail("a panic ended it".into())));
     let panics = std::mem::take(&mut *PANICS.lock().unwrap_or_else(PoisonError::into_inner));
     context.check("no thread panics", panics.is_empty(), || panics.join("\n"));
-    let concluded = context.conclude(scenario, ended);
+    let varies = context.varies();
+    let (outcome, notes) = context.conclude(scenario, ended);
     drop(fs);
-    concluded
+    (outcome, notes, varies)
 }
 
 /// What panicking threads said, whoever catches them: a thread of the library's own must not panic either.
@@ -144,9 +175,10 @@ fn report_beats(beats: &AtomicU64) {
 fn say(message: &Message) {
     if let Ok(line) = serde_json::to_string(message) {
         let mut out = std::io::stdout().lock();
-        // Nobody to tell means that the runner is gone, and then so are we.
-        let _ = writeln!(out, "{line}");
-        let _ = out.flush();
+        if writeln!(out, "{line}").and_then(|()| out.flush()).is_err() {
+            // Nobody to tell: the runner was gone before we asked to die with it.
+            let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL);
+        }
     }
 }
 

@@ -241,6 +241,13 @@ pub trait Fs: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// The reason why that is impossible here.
     fn troubled(&self) -> Result<Troubled, String>;
+
+    /// Makes a file system of the same kind over a store whose writes live in this process until they are synced: killing
+    /// the process is a loss of power. Opened again, by any process, it holds what was synced.
+    ///
+    /// # Errors
+    /// The reason why that is impossible here.
+    fn volatile(&self) -> Result<Box<dyn Fs>, String>;
 }
 
 /// One open file description.

@@ -1,10 +1,14 @@
 //! Results as people and as programs read them.
 //!
-//! *Owns*: [`Record`], the [`table`] and the [`json`] document.
+//! *Owns*: [`Record`], the [`row`] of one, the [`matrix`] of several targets side by side, the [`Document`] of a run as JSON
+//! and as a [page](html).
 //!
 //! *Does not own*: how results come about.
 //!
 //! *Locking*: none.
+
+pub mod html;
+pub mod matrix;
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -37,6 +41,9 @@ pub struct Record {
     pub outcome: Outcome,
     /// What it measured.
     pub notes: Vec<String>,
+    /// Whether another run may take another course.
+    #[serde(default)]
+    pub varies: bool,
 }
 
 /// How many results there are of each sort.
@@ -164,13 +171,37 @@ pub fn table(records: &[Record]) -> String {
     text
 }
 
-/// What a run writes with `--json`.
+/// How much was run; of later rounds only what is bad is among the results.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// Seed of the first round; each further round takes the next number.
+    pub seed: u64,
+    /// Rounds begun.
+    pub rounds: u64,
+    /// Scenarios run, all rounds and targets together.
+    pub runs: u64,
+    /// Whether it was ended from outside.
+    pub interrupted: bool,
+}
+
+/// Everything about a run: what is written with `--json`, and shown by the page.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Document {
+    /// Version of Pinfold.
+    pub pinfold: String,
     /// Release of the kernel, as uname(2) tells.
     pub kernel: String,
     /// Machine, as uname(2) tells.
     pub machine: String,
+    /// Name of the processors, as /proc/cpuinfo tells; empty where it does not.
+    pub processor: String,
+    /// How many of them may be used.
+    pub processors: usize,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// How much was run.
+    #[serde(flatten)]
+    pub extent: Extent,
     /// How many results of each sort.
     pub tally: Tally,
     /// The results.
@@ -178,25 +209,36 @@ pub struct Document {
 }
 
 impl Document {
-    /// Puts results into a document.
+    /// Puts results into a document, with what is to be known about this machine.
     #[must_use]
-    pub fn new(records: Vec<Record>) -> Self {
+    pub fn new(records: Vec<Record>, extent: Extent) -> Self {
         let uname = rustix::system::uname();
+        let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let processor = processors
+            .lines()
+            .find_map(|line| line.strip_prefix("model name")?.split_once(':'))
+            .map(|(_, name)| name.trim().to_owned());
+        let memory = rustix::system::sysinfo();
         Self {
+            pinfold: env!("CARGO_PKG_VERSION").into(),
             kernel: uname.release().to_string_lossy().into_owned(),
             machine: uname.machine().to_string_lossy().into_owned(),
+            processor: processor.unwrap_or_default(),
+            processors: std::thread::available_parallelism().map_or(1, Into::into),
+            memory: memory.totalram.saturating_mul(u64::from(memory.mem_unit)),
+            extent,
             tally: Tally::of(&records),
             results: records,
         }
     }
-}
 
-/// Makes the JSON document of all results.
-///
-/// # Errors
-/// None that these types can give rise to; passed on all the same.
-pub fn json(records: &[Record]) -> Result<String, serde_json::Error> {
-    serde_json::to_string_pretty(&Document::new(records.to_vec()))
+    /// Makes the JSON of it.
+    ///
+    /// # Errors
+    /// None that these types can give rise to; passed on all the same.
+    pub fn json(&self) -> Result<String, serde_json::Error> {
+        serde_json::to_string_pretty(self)
+    }
 }
 
 #[cfg(test)]
@@ -204,7 +246,7 @@ mod tests {
     use super::*;
     use crate::scenario::Failure;
 
-    fn record(outcome: Outcome) -> Record {
+    pub(super) fn record(outcome: Outcome) -> Record {
         Record {
             target: "kernel".into(),
             dir: "/mnt".into(),
@@ -216,6 +258,7 @@ mod tests {
             seconds: 0.5,
             outcome,
             notes: vec!["once".into()],
+            varies: false,
         }
     }
 
@@ -245,10 +288,17 @@ mod tests {
     fn the_json_document_is_read_back_as_it_was() {
         let reason = "no root".to_owned();
         let records = [record(Outcome::Skipped { reason })];
-        let text = json(&records).unwrap();
+        let extent = Extent {
+            seed: 7,
+            rounds: 1,
+            runs: 1,
+            interrupted: false,
+        };
+        let text = Document::new(records.to_vec(), extent).json().unwrap();
         let back: Document = serde_json::from_str(&text).unwrap();
         assert_eq!(back.results, records);
         assert_eq!(back.tally.skipped, 1);
+        assert_eq!(back.extent, extent);
         assert!(text.contains("\"outcome\": \"skipped\""), "{text}");
     }
 }

@@ -1,27 +1,27 @@
 //! Runs scenarios, each in a child process under a watchdog, and cleans up after them.
 //!
-//! *Owns*: [`Plan`] and its execution: fresh directories, children, the verdict on those that hang or die.
+//! *Owns*: [`Plan`] and its execution: fresh directories ([`place`]), children, the verdict on those that hang or die.
 //!
 //! *Does not own*: what a scenario checks ([`crate::suite`]), how results are shown ([`crate::report`]).
 //!
 //! *Locking*: none; a reader thread per pipe, joined through channels.
 
+pub(crate) mod place;
+
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use crate::child::{Job, Message, ROLE};
-use crate::fs::Kind;
-use crate::fs::kernel::kind_of;
-use crate::image::unmount_below;
+use crate::child::{Job, Message, Order, ROLE};
 use crate::report::Record;
 use crate::scenario::{Failure, Outcome, Scenario};
 use crate::stacks;
 use crate::target::Target;
+use place::Place;
 
 /// How a child is started: this program, with these arguments and the job behind them, calls [`crate::child::run`].
 #[derive(Debug, Clone)]
@@ -47,6 +47,8 @@ pub struct Plan {
     pub silence_max: Duration,
     /// How children are started.
     pub child: ChildCommand,
+    /// When no further scenario is begun.
+    pub until: Option<Instant>,
 }
 
 impl Plan {
@@ -83,9 +85,10 @@ pub fn run(
 ) -> Result<Vec<Record>, String> {
     let mut records = Vec::new();
     for target in &plan.targets {
-        let place = Place::new(&target.dir)?;
+        let place = Place::new(&target.dir, &plan.child)?;
         for &scenario in &plan.scenarios {
-            if interrupted.load(Ordering::Relaxed) {
+            let late = plan.until.is_some_and(|until| Instant::now() >= until);
+            if late || interrupted.load(Ordering::Relaxed) {
                 return Ok(records);
             }
             on(Event::Started { scenario, target });
@@ -113,9 +116,9 @@ fn run_one(
         seed: plan.seed,
         race_ms: u64::try_from(plan.race.as_millis()).unwrap_or(u64::MAX),
     };
-    let (outcome, notes) = match Supervised::start(plan, &job) {
+    let verdict = match Supervised::start(plan, job) {
         Ok(child) => child.watch(plan, scenario, interrupted, on),
-        Err(reason) => (failed("start a process", reason), Vec::new()),
+        Err(reason) => failed("start a process", reason).into(),
     };
     drop(room);
     Ok(Record {
@@ -127,53 +130,27 @@ fn run_one(
         claim: scenario.claim.into(),
         seed: plan.seed,
         seconds: began.elapsed().as_secs_f64(),
-        outcome,
-        notes,
+        varies: verdict.varies,
+        outcome: verdict.outcome,
+        notes: verdict.notes,
     })
 }
 
-/// A directory of our own below the one to be tortured. Removed when dropped, mounts and all.
-struct Place {
-    dir: tempfile::TempDir,
-    path: PathBuf,
-    kind: Kind,
+/// What is known of a scenario that has ended.
+struct Verdict {
+    outcome: Outcome,
+    notes: Vec<String>,
+    varies: bool,
 }
 
-impl Place {
-    fn new(below: &Path) -> Result<Self, String> {
-        let told = |error: &dyn std::fmt::Display| format!("{}: {error}", below.display());
-        let kind = kind_of(below).map_err(|errno| told(&errno))?;
-        let dir = tempfile::Builder::new()
-            .prefix(".pinfold-torture-")
-            .tempdir_in(below)
-            .map_err(|error| told(&error))?;
-        // Mount tables name directories by their real path.
-        let path = dir.path().canonicalize().map_err(|error| told(&error))?;
-        Ok(Self { dir, path, kind })
-    }
-
-    fn room(&self, name: &str) -> Result<Room, String> {
-        let path = self.path.join(name);
-        std::fs::create_dir_all(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-        Ok(Room { path })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        unmount_below(self.dir.path());
-    }
-}
-
-/// The directory of one scenario. Emptied when dropped, so that the next one finds the room.
-struct Room {
-    path: PathBuf,
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        unmount_below(&self.path);
-        let _ = std::fs::remove_dir_all(&self.path);
+impl From<Outcome> for Verdict {
+    /// Of one that did not come to its own end: the next time it may.
+    fn from(outcome: Outcome) -> Self {
+        Self {
+            outcome,
+            notes: Vec::new(),
+            varies: true,
+        }
     }
 }
 
@@ -192,8 +169,8 @@ struct Supervised {
 }
 
 impl Supervised {
-    fn start(plan: &Plan, job: &Job) -> Result<Self, String> {
-        let json = serde_json::to_string(job).map_err(|error| error.to_string())?;
+    fn start(plan: &Plan, job: Job) -> Result<Self, String> {
+        let json = serde_json::to_string(&Order::Run(job)).map_err(|error| error.to_string())?;
         let mut child = Command::new(&plan.child.program)
             .args(&plan.child.args)
             .arg(json)
@@ -225,7 +202,7 @@ impl Supervised {
         scenario: &Scenario,
         interrupted: &AtomicBool,
         on: &mut dyn FnMut(Event<'_>),
-    ) -> (Outcome, Vec<String>) {
+    ) -> Verdict {
         let began = Instant::now();
         let mut heard = began;
         let longest = Duration::from_secs(scenario.seconds_max) + plan.race;
@@ -235,14 +212,24 @@ impl Supervised {
                     heard = Instant::now();
                     on(Event::Beat);
                 }
-                Ok(Message::Done { outcome, notes }) => break Some((outcome, notes)),
+                Ok(Message::Done {
+                    outcome,
+                    notes,
+                    varies,
+                }) => {
+                    break Some(Verdict {
+                        outcome,
+                        notes,
+                        varies,
+                    });
+                }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break None,
             }
             if interrupted.load(Ordering::Relaxed) {
                 self.kill();
                 let reason = "interrupted".into();
-                return (Outcome::Skipped { reason }, Vec::new());
+                return Outcome::Skipped { reason }.into();
             }
             if heard.elapsed() > plan.silence_max {
                 return self.hung(format!("silent for {:?}", plan.silence_max));
@@ -256,8 +243,8 @@ impl Supervised {
             return self.hung("done, but it does not end".into());
         };
         match ended {
-            Some((outcome, notes)) if outcome.is_bad() || status.success() => (outcome, notes),
-            _ => (self.died(status), Vec::new()),
+            Some(verdict) if verdict.outcome.is_bad() || status.success() => verdict,
+            _ => self.died(status).into(),
         }
     }
 
@@ -279,13 +266,16 @@ impl Supervised {
         self.wait(DEATH_MAX).is_some()
     }
 
-    fn hung(mut self, why: String) -> (Outcome, Vec<String>) {
+    fn hung(mut self, why: String) -> Verdict {
         let stacks = stacks::of(self.child.id());
         let mut notes = Vec::new();
         if !self.kill() {
             notes.push(format!("process {} cannot be killed", self.child.id()));
         }
-        (Outcome::Hung { why, stacks }, notes)
+        Verdict {
+            notes,
+            ..Outcome::Hung { why, stacks }.into()
+        }
     }
 
     fn died(&self, status: ExitStatus) -> Outcome {

@@ -11,7 +11,7 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::panic::Location;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pinfold_base::Errno;
@@ -170,6 +170,8 @@ pub struct Context<'a> {
     failures: Mutex<BTreeMap<&'static str, (u64, String)>>,
     notes: Mutex<Vec<String>>,
     role: Option<String>,
+    /// Whether anything so far depended on the seed or on how threads raced.
+    varies: AtomicBool,
 }
 
 impl<'a> Context<'a> {
@@ -191,6 +193,7 @@ impl<'a> Context<'a> {
             failures: Mutex::default(),
             notes: Mutex::default(),
             role,
+            varies: AtomicBool::new(false),
         }
     }
 
@@ -203,13 +206,20 @@ impl<'a> Context<'a> {
     /// Returns the seed that all randomness of this run comes from.
     #[must_use]
     pub fn seed(&self) -> u64 {
+        self.varies.store(true, Ordering::Relaxed);
         self.seed
     }
 
     /// Makes a generator of its own for `thread`.
     #[must_use]
     pub fn rng(&self, thread: u64) -> SmallRng {
-        SmallRng::seed_from_u64(self.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ thread)
+        SmallRng::seed_from_u64(self.seed().wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ thread)
+    }
+
+    /// Tells whether another run may take another course: whether the scenario drew numbers or raced.
+    #[must_use]
+    pub fn varies(&self) -> bool {
+        self.varies.load(Ordering::Relaxed)
     }
 
     /// Tells the watchdog that the scenario is alive.
@@ -221,6 +231,7 @@ impl<'a> Context<'a> {
     /// many as the time allows. Beats.
     #[must_use]
     pub fn goes_on(&self, round: u64, rounds: Range<u64>) -> bool {
+        self.varies.store(true, Ordering::Relaxed);
         self.beat();
         round < rounds.start || (round < rounds.end && self.started.elapsed() < self.race)
     }

@@ -119,11 +119,12 @@ impl Target {
         }
     }
 
-    /// Opens it.
+    /// Opens it, for the process that leads a scenario or for one that plays another part in it: a directory is served by
+    /// one process at a time, so that each part has a volume of its own beside the others'.
     ///
     /// # Errors
     /// A sentence saying what is wrong with the directory.
-    pub fn open(&self) -> Result<Box<dyn Fs>, String> {
+    pub fn open(&self, part: Option<&str>) -> Result<Box<dyn Fs>, String> {
         let dir = self.dir.display();
         let fs: Box<dyn Fs> = match self.backend {
             Backend::Kernel => {
@@ -134,7 +135,12 @@ impl Target {
                     Faults::Handler => Delivery::Handler,
                     Faults::Inline => Delivery::Inline,
                 };
-                Box::new(Library::new(&self.dir, memory, delivery)?)
+                Box::new(Library::new(
+                    &self.dir,
+                    part.unwrap_or("volume"),
+                    memory,
+                    delivery,
+                )?)
             }
         };
         Ok(match self.mutation {

@@ -230,6 +230,11 @@ const LIBRARY_CANARIES: &[(Mutation, &str, &str)] = &[
     (Mutation::IgnoreNowait, "T18", "cold read"),
     (Mutation::IgnoreCancel, "T19", "a call was cut short"),
     (Mutation::LateDirect, "T36", "no older generation"),
+    (
+        Mutation::IgnoreDsync,
+        "T42",
+        "what was acknowledged is there",
+    ),
     (Mutation::SlowSync, "T50", "fsync does not wait for it"),
     (Mutation::Separate, "T53", "what is stored"),
     (Mutation::Separate, "T55", "the hole as mapped"),

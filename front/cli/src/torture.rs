@@ -6,8 +6,9 @@
 //!
 //! *Locking*: none.
 
-use std::io::IsTerminal as _;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,6 +16,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use pinfold_scenarios::fs::mutant::Mutation;
+use pinfold_scenarios::report::matrix::Matrix;
+use pinfold_scenarios::report::{Document, Extent, html};
 use pinfold_scenarios::{
     Backend, ChildCommand, Event, Plan, Record, Scenario, Tally, Target, child, report, runner,
     suite,
@@ -29,20 +33,21 @@ const INTERRUPTED: u8 = 130;
 /// Most results kept of repeated rounds that were not plain successes.
 const KEPT_MAX: usize = 10_000;
 
-/// Torture the file systems of directories, or this library on them.
+/// Torture the file systems of directories, this library on directories, or both side by side.
 ///
 /// Each scenario runs in a process of its own, in a fresh subdirectory that is removed again; one that falls silent for
 /// ten seconds is killed and reported with the stacks of its threads. Exit status 0: nothing bad was found (known
-/// divergences and skipped scenarios included); 1: something was; 2: it could not be run.
+/// divergences and skipped scenarios included); 1: something was; 2: it could not be run; 130: it was interrupted before
+/// anything bad was found.
 #[derive(Debug, Args)]
 pub struct Arguments {
-    /// Directories to work in
-    #[arg(value_name = "DIR", required_unless_present_any = ["list", "child"])]
+    /// Directories whose file systems to torture
+    #[arg(value_name = "DIR", required_unless_present_any = ["pinfold", "list", "child"])]
     dirs: Vec<PathBuf>,
-    /// Torture this library on the directories, with 256 KiB and with 64 MiB of memory and faults served both ways,
-    /// instead of the kernel
-    #[arg(long)]
-    pinfold: bool,
+    /// Torture this library on a directory, with 256 KiB and with 64 MiB of memory and faults served both ways; can be
+    /// repeated
+    #[arg(long, value_name = "DIR")]
+    pinfold: Vec<PathBuf>,
     /// Run only these scenarios, by number or name
     #[arg(long, value_name = "T01,T13", value_delimiter = ',')]
     only: Vec<String>,
@@ -52,15 +57,26 @@ pub struct Arguments {
     /// Write the results to this file as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Repeat with further seeds for so many minutes
+    /// Write the results to this file as a page for a browser
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Repeat the scenarios that draw numbers or race, each round with the next seed, until so many minutes have passed
     #[arg(long, value_name = "M")]
     minutes: Option<u64>,
+    /// Break a promise on purpose, to see what a failure looks like
+    #[arg(long, value_name = "FAULT", value_parser = fault)]
+    plant: Option<Mutation>,
     /// List the scenarios and what they claim
     #[arg(long)]
     list: bool,
     /// Run one scenario in this very process: what the command starts itself with
     #[arg(long, hide = true, value_name = "JOB")]
     child: Option<String>,
+}
+
+/// Reads a fault's name; the message for a wrong one lists them.
+fn fault(name: &str) -> Result<Mutation, String> {
+    serde_json::from_value(name.into()).map_err(|error| error.to_string())
 }
 
 /// Runs the command.
@@ -89,59 +105,126 @@ pub fn run(args: &Arguments) -> ExitCode {
 
 fn torture(args: &Arguments) -> Result<ExitCode, String> {
     let mut plan = plan(args)?;
+    // Opened before the work: a misspelt path is not found out about half an hour later.
+    let json = args.json.as_deref().map(Output::create).transpose()?;
+    let page = args.html.as_deref().map(Output::create).transpose()?;
     let interrupted = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
         signal_hook::flag::register(signal, Arc::clone(&interrupted))
             .map_err(|error| format!("signal handlers: {error}"))?;
     }
     println!("seed {}", plan.seed);
-    let until = args
-        .minutes
-        .map(|minutes| Instant::now() + Duration::from_secs(minutes.saturating_mul(60)));
-    let mut screen = Screen::new(&plan);
-    let mut records = Vec::new();
-    let mut first = true;
-    loop {
-        let round = runner::run(&plan, &interrupted, &mut |event| screen.show(&event, first))?;
-        let kept = KEPT_MAX.saturating_sub(records.len());
-        let worth = |record: &Record| first || record.outcome.is_bad();
-        records.extend(round.into_iter().filter(worth).take(kept));
-        let again = until.is_some_and(|until| Instant::now() < until);
-        if !again || interrupted.load(Ordering::Relaxed) {
-            break;
-        }
-        plan.seed = plan.seed.wrapping_add(1);
-        first = false;
-        screen.expect(&plan);
+    let (records, extent) = rounds(args, &mut plan, &interrupted)?;
+    if plan.targets.len() > 1 {
+        println!("\n{}", Matrix::new(&records));
+    } else {
+        println!();
     }
-    screen.end();
-    println!("\n{}", Tally::of(&records));
-    if let Some(file) = &args.json {
-        let text = report::json(&records).map_err(|error| error.to_string())?;
-        std::fs::write(file, text + "\n")
-            .map_err(|error| format!("{}: {error}", file.display()))?;
+    let document = Document::new(records, extent);
+    println!("{}", document.tally);
+    if extent.rounds > 1 {
+        println!(
+            "{} scenarios run in {} rounds, the last with seed {}",
+            extent.runs, extent.rounds, plan.seed
+        );
     }
-    Ok(if !Tally::of(&records).is_good() {
+    if let Some(json) = json {
+        let text = document.json().map_err(|error| error.to_string())?;
+        json.write(&(text + "\n"))?;
+    }
+    if let Some(page) = page {
+        page.write(&html::page(&document))?;
+    }
+    Ok(status(document.tally, extent.interrupted))
+}
+
+/// What the results come to for whoever started this.
+fn status(tally: Tally, interrupted: bool) -> ExitCode {
+    if !tally.is_good() {
         ExitCode::from(FOUND)
-    } else if interrupted.load(Ordering::Relaxed) {
+    } else if interrupted {
         ExitCode::from(INTERRUPTED)
     } else {
         ExitCode::SUCCESS
-    })
+    }
+}
+
+/// Runs the plan once, and then what may come out differently until the time is up.
+fn rounds(
+    args: &Arguments,
+    plan: &mut Plan,
+    interrupted: &AtomicBool,
+) -> Result<(Vec<Record>, Extent), String> {
+    let until = args
+        .minutes
+        .map(|minutes| Duration::from_secs(minutes.saturating_mul(60)))
+        .and_then(|time| Instant::now().checked_add(time));
+    let mut screen = Screen::new(plan);
+    let mut extent = Extent {
+        seed: plan.seed,
+        rounds: 1,
+        runs: 0,
+        interrupted: false,
+    };
+    let mut records = runner::run(plan, interrupted, &mut |event| screen.show(&event, true))?;
+    extent.runs = records.len() as u64;
+    plan.scenarios.retain(|scenario| {
+        let mut own = records.iter().filter(|own| own.scenario == scenario.number);
+        own.any(|record| record.varies)
+    });
+    plan.until = until;
+    let time_left = || until.is_some_and(|until| Instant::now() < until);
+    while time_left() && !interrupted.load(Ordering::Relaxed) && !plan.scenarios.is_empty() {
+        plan.seed = plan.seed.wrapping_add(1);
+        extent.rounds += 1;
+        screen.expect(plan);
+        let round = runner::run(plan, interrupted, &mut |event| screen.show(&event, false))?;
+        extent.runs += round.len() as u64;
+        let kept = KEPT_MAX.saturating_sub(records.len());
+        let bad = |record: &Record| record.outcome.is_bad();
+        records.extend(round.into_iter().filter(bad).take(kept));
+    }
+    screen.end();
+    extent.interrupted = interrupted.load(Ordering::Relaxed);
+    Ok((records, extent))
+}
+
+/// A file that a report goes to.
+struct Output<'a> {
+    path: &'a Path,
+    file: File,
+}
+
+impl<'a> Output<'a> {
+    fn create(path: &'a Path) -> Result<Self, String> {
+        match File::create(path) {
+            Ok(file) => Ok(Self { path, file }),
+            Err(error) => Err(format!("{}: {error}", path.display())),
+        }
+    }
+
+    fn write(mut self, text: &str) -> Result<(), String> {
+        self.file
+            .write_all(text.as_bytes())
+            .map_err(|error| format!("{}: {error}", self.path.display()))
+    }
 }
 
 fn plan(args: &Arguments) -> Result<Plan, String> {
-    let targets = args.dirs.iter().flat_map(|dir| {
-        if args.pinfold {
-            vec![
-                Target::pinfold(dir, Backend::SMALL),
-                Target::pinfold(dir, Backend::SMALL.inline()),
-                Target::pinfold(dir, Backend::ROOMY),
-                Target::pinfold(dir, Backend::ROOMY.inline()),
-            ]
-        } else {
-            vec![Target::kernel(dir)]
-        }
+    let kernel = args.dirs.iter().map(|dir| Target::kernel(dir));
+    let library = args.pinfold.iter().flat_map(|dir| {
+        [
+            Backend::SMALL,
+            Backend::SMALL.inline(),
+            Backend::ROOMY,
+            Backend::ROOMY.inline(),
+        ]
+        .map(|backend| Target::pinfold(dir, backend))
+    });
+    let targets = kernel.chain(library).map(|target| match args.plant {
+        Some(fault) => target.with(fault),
+        None => target,
     });
     let program = std::env::current_exe().map_err(|error| format!("this program: {error}"))?;
     Ok(Plan {
@@ -154,6 +237,7 @@ fn plan(args: &Arguments) -> Result<Plan, String> {
             program,
             args: vec!["torture".into(), "--child".into()],
         },
+        until: None,
     })
 }
 
@@ -188,8 +272,7 @@ impl Screen {
         if !std::io::stderr().is_terminal() {
             line.set_draw_target(ProgressDrawTarget::hidden());
         }
-        if let Ok(style) =
-            ProgressStyle::with_template("{spinner} {pos}/{len} {wide_msg} {elapsed}")
+        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} {wide_msg} {elapsed}")
         {
             line.set_style(style);
         }

@@ -130,6 +130,13 @@ impl Fs for Kernel {
             }),
         })
     }
+
+    fn volatile(&self) -> Result<Box<dyn Fs>, String> {
+        Err(
+            "what a kernel caches outlives a killed process; only the machine's own crash loses it"
+                .into(),
+        )
+    }
 }
 
 #[derive(Debug)]

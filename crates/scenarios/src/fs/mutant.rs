@@ -84,6 +84,8 @@ pub enum Mutation {
     SlowSync,
     /// Each transfer leaves a pin behind.
     LeakPins,
+    /// O_DSYNC and RWF_DSYNC are ignored.
+    IgnoreDsync,
 }
 
 /// A file system with one promise broken.
@@ -120,6 +122,10 @@ impl Fs for Mutant {
         if self.mutation == Mutation::Die {
             std::process::abort();
         }
+        let how = Open {
+            dsync: how.dsync && self.mutation != Mutation::IgnoreDsync,
+            ..how
+        };
         let inner = self.inner.open(name, how)?;
         Ok(Box::new(MutantFile {
             inner,
@@ -162,6 +168,10 @@ impl Fs for Mutant {
             write_back,
         })
     }
+
+    fn volatile(&self) -> Result<Box<dyn Fs>, String> {
+        Ok(Box::new(Self::new(self.inner.volatile()?, self.mutation)))
+    }
 }
 
 #[derive(Debug)]
@@ -188,10 +198,10 @@ impl MutantFile {
     fn how<'a>(&self, how: How<'a>) -> How<'a> {
         How {
             nowait: how.nowait && self.mutation != Mutation::IgnoreNowait,
+            dsync: how.dsync && self.mutation != Mutation::IgnoreDsync,
             cancel: how
                 .cancel
                 .filter(|_| self.mutation != Mutation::IgnoreCancel),
-            ..how
         }
     }
 

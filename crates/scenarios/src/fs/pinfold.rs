@@ -19,13 +19,18 @@ use pinfold::{
 use pinfold_mem::Direction;
 use pinfold_mem::region::view::{Sharing, View};
 use pinfold_mem::region::{At, Region, UserIov};
-use pinfold_store::testing::{Action, FaultyObject, On, Rule};
+use pinfold_store::testing::{Action, CrashingObject, FaultyObject, On, Rule};
 use pinfold_store::{Object, Operation};
 
 use super::{Allocate, Fs, Handle, How, Kind, Mapped, Open, Pins, Refusal, Troubled, Weather};
 
 /// Bytes that may be dirty over a troubled store: little, so that writers meet the limit whatever the memory.
 const DIRTY_LIMIT: u64 = 256 << 10;
+
+/// Why T08 and T24 are skipped.
+const NO_EXTENTS: &str = "the library finds extents by seeking data and holes, which stores nothing in the caller's memory";
+/// Why T57 leaves msync's flags out.
+const NO_FLAGS: &str = "the library flushes by method, not by flag; front/capi/examples/calls.c compares pf_msync's flags";
 
 /// A volume on a directory.
 pub struct Library {
@@ -42,15 +47,15 @@ impl fmt::Debug for Library {
 }
 
 impl Library {
-    /// Opens a volume on `dir` that may use `memory` bytes and has faults served as `delivery` says.
+    /// Opens a volume on the subdirectory `name` of `dir` that may use `memory` bytes and has faults served as `delivery` says.
     ///
     /// # Errors
     /// As the volume's builder.
-    pub fn new(dir: &Path, memory: u64, delivery: Delivery) -> Result<Self, String> {
+    pub fn new(dir: &Path, name: &str, memory: u64, delivery: Delivery) -> Result<Self, String> {
         let volume = Volume::builder()
             .memory(memory)
             .file_size_limit(true)
-            .open_dir(subdirectory(dir, "volume")?)
+            .open_dir(subdirectory(dir, name)?)
             .map_err(|error| error.to_string())?;
         Ok(Self {
             dir: dir.to_path_buf(),
@@ -147,6 +152,28 @@ impl Fs for Library {
                 Ok(())
             }),
         })
+    }
+
+    fn volatile(&self) -> Result<Box<dyn Fs>, String> {
+        let dir = subdirectory(&self.dir, "volatile")?;
+        // An object that cannot be read has nothing to forget: as it is, its errors come to light at the first access.
+        let layer = |object: Arc<dyn Object>| -> Arc<dyn Object> {
+            match CrashingObject::new(Arc::clone(&object)) {
+                Ok(forgetful) => forgetful,
+                Err(_) => object,
+            }
+        };
+        let volume = Volume::builder()
+            .memory(self.memory)
+            .object_layer(Arc::new(layer))
+            .open_dir(&dir)
+            .map_err(|error| error.to_string())?;
+        Ok(Box::new(Self {
+            dir,
+            memory: self.memory,
+            delivery: self.delivery,
+            volume,
+        }))
     }
 }
 
@@ -262,7 +289,7 @@ impl Handle for LibraryFile {
     }
 
     fn extents(&self, _into: &UserIov<'_>) -> Result<usize, Refusal> {
-        Err(Refusal::Missing("the library has no query of extents"))
+        Err(Refusal::Missing(NO_EXTENTS))
     }
 
     fn transfer(
@@ -307,7 +334,7 @@ impl Mapped for LibraryMap {
         let done = match flags {
             libc::MS_SYNC => self.mapping.flush(range),
             libc::MS_ASYNC => self.mapping.flush_async(range),
-            _ => return Err(Refusal::Missing("the library has no flags of msync")),
+            _ => return Err(Refusal::Missing(NO_FLAGS)),
         };
         Ok(done.map_err(|error| error.errno())?)
     }

@@ -1,5 +1,7 @@
-//! Write-back: T58 to T60.
+//! Write-back: T42, T58 to T60.
 
+use std::io::Write as _;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -8,10 +10,19 @@ use pinfold_mem::region::{At, Region};
 use rand::Rng as _;
 
 use super::{P, PAGE, joined, needs_room};
+use crate::child;
 use crate::fs::{Fs, Handle, How, Open, Troubled, Weather};
 use crate::scenario::{Context, Scenario, Stop};
 
 pub(super) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        number: "T42",
+        name: "dsync",
+        claim: "after a crash every write is there that returned on an O_DSYNC descriptor, and the size with it",
+        known: &[],
+        seconds_max: 60,
+        run: dsync,
+    },
     Scenario {
         number: "T58",
         name: "sync_livelock",
@@ -292,4 +303,100 @@ fn watch_writers(
         }
     }
     Ok((again, slowest))
+}
+
+/// Crashes of T42, each after another number of writes.
+const CRASHES: u32 = 4;
+/// Most writes that a crash waits for.
+const WRITES_MAX: u64 = 64;
+/// Bytes of each write: no multiple of a block, so that sizes and tails matter.
+const RECORD: u64 = 5000;
+/// How long the victim is waited for.
+const VICTIM_MAX: Duration = Duration::from_secs(30);
+
+/// The byte of record `number`; never zero.
+fn mark(number: u64) -> u8 {
+    (number % 250) as u8 + 1
+}
+
+/// The victim, a process of its own, is killed and takes with it what its store was not told to sync. Its
+/// acknowledgements go past that store, into a file of the kernel's.
+fn dsync(cx: &Context<'_>) -> Result<(), Stop> {
+    let acknowledged = cx.fs().dir().join("acknowledged");
+    if cx.role() == Some("victim") {
+        return write_durably(cx, &acknowledged);
+    }
+    // Asked first, and closed again: a directory is served once.
+    drop(cx.fs().volatile().map_err(Stop::Skip)?);
+    let mut rng = cx.rng(0);
+    let count = || std::fs::metadata(&acknowledged).map_or(0, |file| file.len());
+    for _ in 0..CRASHES {
+        std::fs::write(&acknowledged, b"").map_err(Errno::from)?;
+        let wanted = rng.random_range(1..=WRITES_MAX);
+        let mut victim = child::respawn("victim")?;
+        let began = Instant::now();
+        while count() < wanted && began.elapsed() < VICTIM_MAX {
+            if victim.try_wait().map_err(Errno::from)?.is_some() {
+                break;
+            }
+            std::thread::sleep(Duration::from_micros(rng.random_range(0..500)));
+            cx.beat();
+        }
+        let _ = victim.kill();
+        victim.wait().map_err(Errno::from)?;
+        let survived = count();
+        cx.check("the victim writes", survived >= wanted, || {
+            format!("{survived} writes, expected {wanted} in {VICTIM_MAX:?}")
+        });
+        intact(cx, survived)?;
+        cx.note(format!("killed after {survived} writes"));
+    }
+    Ok(())
+}
+
+/// Appends records until it is killed, and a byte to `acknowledged` after each.
+fn write_durably(cx: &Context<'_>, acknowledged: &Path) -> Result<(), Stop> {
+    let fs = cx.fs().volatile().map_err(Stop::Skip)?;
+    let file = fs.open(
+        "file",
+        Open {
+            dsync: true,
+            ..Open::FRESH
+        },
+    )?;
+    let mut told = std::fs::File::options()
+        .append(true)
+        .open(acknowledged)
+        .map_err(Errno::from)?;
+    let source = Region::pages(2)?;
+    let len = RECORD as usize;
+    for number in 0..u64::from(u16::MAX) {
+        source.fill(0..len, mark(number))?;
+        let wrote = file.write(&source.iov(0..len), At::Offset(number * RECORD), How::PLAIN)?;
+        if wrote != len {
+            return Err(Stop::Fail(format!("{wrote} bytes of {len}")));
+        }
+        told.write_all(b"+").map_err(Errno::from)?;
+    }
+    Ok(())
+}
+
+/// Checks that the first `count` records are in the file as the store has it after the crash.
+fn intact(cx: &Context<'_>, count: u64) -> Result<(), Stop> {
+    const CHECK: &str = "what was acknowledged is there";
+    let fs = cx.fs().volatile().map_err(Stop::Skip)?;
+    let file = fs.open("file", Open::EXISTING)?;
+    let size = file.size()?;
+    if !cx.check(CHECK, size >= count * RECORD, || {
+        format!("{size} bytes, expected {count} records of {RECORD}")
+    }) {
+        return Ok(());
+    }
+    for number in 0..count {
+        let start = number * RECORD;
+        if !cx.contents(CHECK, &*file, start..start + RECORD, mark(number))? {
+            break;
+        }
+    }
+    Ok(())
 }

@@ -31,6 +31,7 @@ pub fn run_with(
             program: env!("CARGO_BIN_EXE_pinfold-scenario").into(),
             args: Vec::new(),
         },
+        until: None,
     };
     change(&mut plan);
     runner::run(&plan, &AtomicBool::new(false), &mut |_| {}).unwrap()
