@@ -1,6 +1,6 @@
 //! Runs scenarios, each in a child process under a watchdog, and cleans up after them.
 //!
-//! *Owns*: [`Plan`] and its execution: fresh directories ([`place`]), children, the verdict on those that hang or die.
+//! *Owns*: [`Plan`] and its execution: fresh directories (`place`), children, the verdict on those that hang or die.
 //!
 //! *Does not own*: what a scenario checks ([`crate::suite`]), how results are shown ([`crate::report`]).
 //!
