@@ -75,6 +75,8 @@ counter_set! {
         throttled,
         /// Times an allocation had to wait for a frame.
         frame_waits,
+        /// Pages found stored to through mappings whose stores come without notice.
+        stores_found,
         /// Pages moved from the arena to the window of their file.
         moved,
         /// Pages pinned for device I/O.

@@ -38,6 +38,9 @@ const PROBE_PAGES_MIN: u64 = 1024;
 pub trait Owner: Send + Sync {
     /// Called with nothing held.
     fn wrote_back(&self);
+
+    /// Stores through mappings were found that nobody had been told of. Called with folios locked: only notes it.
+    fn found_stores(&self) {}
 }
 
 /// How a caller wants a page.
@@ -55,6 +58,9 @@ pub struct Want<'a> {
 pub(crate) struct DirtyState {
     pub(crate) dirty: PageSet,
     pub(crate) writing: PageSet,
+    /// Pages in mappings that may be stored to without notice, whose state says so as well ([`UMAP_ASYNC`](crate::state::UMAP_ASYNC)). Changed
+    /// under the page's lock.
+    pub(crate) tracked: PageSet,
     /// When the oldest dirty page became so, as far as known.
     pub(crate) since: Option<Instant>,
     /// Where the next opportunistic visit begins, so that pages dirtied again and again do not keep others waiting.
@@ -140,6 +146,12 @@ impl FilePages {
         let _ = self.owner.set(owner);
     }
 
+    pub(crate) fn tell_owner_of_stores(&self) {
+        if let Some(owner) = self.owner.get().and_then(Weak::upgrade) {
+            owner.found_stores();
+        }
+    }
+
     pub(crate) fn tell_owner(&self) {
         if let Some(owner) = self.owner.get().and_then(Weak::upgrade) {
             owner.wrote_back();
@@ -201,16 +213,25 @@ impl FilePages {
         self.end.store(end, Ordering::Release);
     }
 
-    /// Tells whether any page waits to be stored or is being stored.
+    /// Tells whether any page waits to be stored or is being stored, or may have been stored to without notice.
     #[must_use]
     pub fn is_dirty(&self) -> bool {
         let state = self.dirty.lock();
-        !state.dirty.is_empty() || !state.writing.is_empty()
+        !(state.dirty.is_empty() && state.writing.is_empty() && state.tracked.is_empty())
     }
 
-    /// Returns the first dirty page at or after `page`: data that the store may not know of.
+    /// Returns the first page at or after `page` with data that the store may not know of: dirty, or mapped where stores
+    /// come without notice.
     #[must_use]
     pub fn next_dirty(&self, page: u64) -> Option<u64> {
+        let known = self.next_known_dirty(page);
+        let tracked = self.dirty.lock().tracked.next_from(page);
+        known.into_iter().chain(tracked).min()
+    }
+
+    /// Returns the first page at or after `page` that is known to be dirty; [`FilePages::harvest`] makes known.
+    #[must_use]
+    pub fn next_known_dirty(&self, page: u64) -> Option<u64> {
         let state = self.dirty.lock();
         let (dirty, writing) = (state.dirty.next_from(page), state.writing.next_from(page));
         dirty.into_iter().chain(writing).min()
@@ -669,6 +690,7 @@ impl FilePages {
         let removed = {
             let mut state = self.dirty.lock();
             let removed = state.dirty.remove(page);
+            state.tracked.remove(page);
             if state.dirty.is_empty() {
                 state.since = None;
             }
@@ -746,7 +768,7 @@ impl FilePages {
         for page in self.cached_pages(range) {
             if let Some(folio) = self.lock(page) {
                 folio.wait_writeback();
-                if folio.is_dirty() || folio.is_kept() {
+                if folio.is_dirty() || folio.is_kept() || self.was_stored_to(&folio) {
                     all = false;
                 } else {
                     going.push(folio);

@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 
 use crate::cache::Cache;
 use crate::file::FilePages;
-use crate::state::{DIRTY, ERROR, UMAP_RO, UMAP_RW, UPTODATE, WRITEBACK, is_unused};
+use crate::state::{DIRTY, ERROR, UMAP_ASYNC, UMAP_RO, UMAP_RW, UPTODATE, WRITEBACK, is_unused};
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// Pages that leave a window with one call at most.
@@ -171,10 +171,19 @@ impl<'a> Folio<'a> {
 
     /// Keeps stores through mappings out until somebody who holds the lock lets them in again. The page stays dirty.
     pub(crate) fn protect(&self) {
+        if self.state() & UMAP_ASYNC != 0 {
+            // The kernel would let the next store in by itself.
+            self.file.look_for_stores(std::slice::from_ref(self), true);
+        }
         if self.state() & UMAP_RW != 0 {
             self.file.protect(self.page..self.page + 1);
             self.cache().header(self.frame).state.clear(UMAP_RW);
         }
+    }
+
+    /// Strikes the page off the list of those that may be stored to without notice.
+    pub(crate) fn untrack(&self) {
+        self.file.untrack(self.page);
     }
 
     /// Names the page's new frame, after the move.

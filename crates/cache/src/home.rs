@@ -98,6 +98,8 @@ impl Drop for Moving<'_> {
     fn drop(&mut self) {
         if let Some((folio, _slot)) = &self.on_the_way {
             folio.cache().header(self.frame).state.undo_move();
+            // Where it stays nothing maps it.
+            folio.untrack();
         }
     }
 }

@@ -41,6 +41,7 @@ mod room;
 pub mod separation;
 mod slots;
 pub mod state;
+pub mod stores;
 pub mod wait;
 pub mod writeback;
 
@@ -59,6 +60,7 @@ pub use map::{AROUND_MAX, Here, MapOutcome, MapTarget, ReverseMap};
 pub use pin::{PagePin, PinRefusal, PinSite};
 pub use readahead::{ReadAhead, Walks};
 pub use state::PinKind;
+pub use stores::Harvest;
 pub use writeback::{Mode, Pace};
 
 /// Why the cache could not do what it was asked for.

@@ -28,7 +28,7 @@ use crate::home::Moving;
 use crate::lease::PageRef;
 use crate::readahead::ReadAhead;
 use crate::slots::Slot;
-use crate::state::{DIRTY, LOCKED, UMAP_RO, UMAP_RW};
+use crate::state::{DIRTY, LOCKED, UMAP_ASYNC, UMAP_RO, UMAP_RW};
 
 /// Pages installed in one run at most, and around a fault on either side of it.
 pub const AROUND_MAX: usize = 64;
@@ -54,6 +54,12 @@ pub trait MapTarget {
         false
     }
 
+    /// Tells whether the kernel lets stores to pages mapped for reading pass without a fault, and remembers them
+    /// ([`ReverseMap::stores`]).
+    fn tracked(&self) -> bool {
+        false
+    }
+
     /// Allocates the window's pages from `page` on, fills them from `from`, and maps them; for reading only when
     /// `protect`. Called on shared mappings alone.
     fn copy(&self, page: u64, from: RawSpan, protect: bool) -> Installed;
@@ -74,6 +80,19 @@ pub trait ReverseMap: Send + Sync {
 
     /// Makes these pages fault at the next store through any mapping; returns when no processor can store to them.
     fn protect(&self, pages: Range<u64>);
+
+    /// Tells whether any mapping of these pages is tracked ([`MapTarget::tracked`]).
+    fn tracks(&self, _pages: &Range<u64>) -> bool {
+        false
+    }
+
+    /// Tells `found` which of these pages were stored to through tracked mappings since this was asked last or they were
+    /// protected, and protects those again; more than that where it cannot tell.
+    fn stores(&self, _pages: &Range<u64>, _found: &mut dyn FnMut(Range<u64>)) {}
+
+    /// Takes all access away from the tracked mappings of these pages, and then does as [`ReverseMap::stores`]: what it
+    /// finds is all there will be until a page is installed again.
+    fn withdraw(&self, _pages: &Range<u64>, _found: &mut dyn FnMut(Range<u64>)) {}
 }
 
 /// How a fault was answered.
@@ -151,6 +170,16 @@ impl Service<'_> {
     /// Tells whether the file has to know of the access.
     fn stores(&self) -> bool {
         self.access == Access::Write && self.target.shared()
+    }
+
+    /// Tells whether stores may come later that nobody is told of.
+    fn tracked(&self) -> bool {
+        self.target.shared() && self.target.tracked()
+    }
+
+    /// Tells whether a page may become dirty by this, now or later.
+    fn lets_store(&self) -> bool {
+        self.stores() || self.tracked()
     }
 
     /// Tells whether the page is installed for reading only. A private mapping needs no protection: the kernel copies the
@@ -262,7 +291,7 @@ impl FilePages {
                     continue;
                 }
             }
-            let (gate, attempt) = self.try_lock_found(page, found, service.stores());
+            let (gate, attempt) = self.try_lock_found(page, found, service.lets_store());
             let folio = match attempt {
                 Attempt::Locked(folio) => folio,
                 Attempt::Busy(frame) => {
@@ -325,7 +354,7 @@ impl FilePages {
             signal: true,
             reach: &reach,
         };
-        let gate = if service.stores() {
+        let gate = if service.lets_store() {
             Some(self.gate().try_add()?)
         } else {
             None
@@ -504,12 +533,18 @@ impl FilePages {
                 // It was in the window a moment ago, and has been evicted and read again since.
                 return Ok(Tried::Done(MapOutcome::Mapped));
             };
+            if !self.track(page, service) {
+                return Ok(Tried::Stuck);
+            }
             if !service.signal {
                 self.dirty.lock().dirty.prepare(page);
             }
             let moving = match Moving::begin(folio, slot) {
                 Ok(moving) => moving,
-                Err(_stuck) => return Ok(Tried::Stuck),
+                Err(_stuck) => {
+                    self.untrack(page);
+                    return Ok(Tried::Stuck);
+                }
             };
             if !service.by_hand {
                 return Ok(self.install_moving(moving, around, service));
@@ -521,7 +556,23 @@ impl FilePages {
             let folio = moving.by_hand();
             return self.install_here(folio, around, service).map(Tried::Done);
         }
+        if !self.track(page, service) {
+            return Ok(Tried::Stuck);
+        }
         self.install_here(folio, around, service).map(Tried::Done)
+    }
+
+    /// Lists a locked page among those that may be stored to without notice, before an entry lets that happen; false where
+    /// it would allocate.
+    fn track(&self, page: u64, service: Service<'_>) -> bool {
+        if !service.tracked() {
+            return true;
+        }
+        let mut state = self.dirty.lock();
+        if !service.signal {
+            state.tracked.prepare(page);
+        }
+        state.tracked.try_insert(page).is_some()
     }
 
     /// Installs a page that is on its way to the window, in the same step, with the neighbours after it that are as well.
@@ -550,7 +601,7 @@ impl FilePages {
             // Those that did not make it stay in their frames.
             if i < installed.pages {
                 let folio = moving.finish();
-                note_mapped(&folio, service.stores() && i == 0);
+                note_mapped(&folio, service.stores() && i == 0, service);
             }
         }
         if installed.pages > 0 {
@@ -589,7 +640,8 @@ impl FilePages {
         }
         // Nothing is evicted for a page that nobody has asked for.
         let slot = self.cache().spare_slot()?;
-        Moving::begin(folio, slot).ok()
+        let moving = Moving::begin(folio, slot).ok()?;
+        self.track(page, service).then_some(moving)
     }
 
     fn may_join(&self, page: u64, around: &Range<u64>, service: Service<'_>) -> bool {
@@ -607,7 +659,7 @@ impl FilePages {
         let pages = page..page + 1;
         let target = service.target;
         if target.shared() {
-            note_mapped(&folio, service.stores());
+            note_mapped(&folio, service.stores(), service);
         }
         if service.access == Access::Write && target.protected() {
             target.unprotect(pages);
@@ -648,6 +700,7 @@ impl FilePages {
         if service.stores() {
             self.make_dirty(&folio);
         }
+        let _listed = self.track(page, service);
         let _mapped = self.install_here(folio, &(page..page + 1), service)?;
         if service.stores() {
             self.note_dirty_file();
@@ -674,7 +727,7 @@ impl FilePages {
             let left = page..end;
             let mut run: SmallVec<[Folio<'_>; AROUND_MAX]> = SmallVec::new();
             while run.len() < (end - page) as usize {
-                let Some(folio) = self.neighbour_here(page + run.len() as u64) else {
+                let Some(folio) = self.neighbour_here(page + run.len() as u64, service) else {
                     break;
                 };
                 run.push(folio);
@@ -682,7 +735,7 @@ impl FilePages {
             if let Some(last) = run.last() {
                 let pages = page..last.page() + 1;
                 page = pages.end;
-                install_run(&run, pages, service);
+                self.install_run(&run, pages, service);
                 continue;
             }
             let moved = if service.target.shared() {
@@ -702,12 +755,27 @@ impl FilePages {
         frames.any(|frame| self.cache().header(frame).is(key))
     }
 
+    /// Maps neighbouring pages of the window.
+    fn install_run(&self, run: &[Folio<'_>], pages: Range<u64>, service: Service<'_>) {
+        if service.target.shared() {
+            for folio in run {
+                note_mapped(folio, false, service);
+            }
+        }
+        // A page that is mapped already ends it: those beside it mostly are as well, and each would cost a system call.
+        let start = pages.start;
+        let installed = service.target.resume(pages, service.target.shared());
+        if installed.pages > 0 {
+            service.reach.note(&(start..start + installed.pages as u64));
+        }
+    }
+
     /// Locks a page of the window that may be installed.
-    fn neighbour_here(&self, page: u64) -> Option<Folio<'_>> {
+    fn neighbour_here(&self, page: u64, service: Service<'_>) -> Option<Folio<'_>> {
         match self.try_lock(page) {
             Attempt::Locked(folio) => {
                 let fit = folio.is_uptodate() && folio.in_window() && page < self.pages_end();
-                fit.then_some(folio)
+                (fit && self.track(page, service)).then_some(folio)
             }
             Attempt::Busy(_) | Attempt::Gone => None,
         }
@@ -730,7 +798,7 @@ impl FilePages {
         let span = self.homes().frames_span(first.frame(), run.len());
         let installed = service.target.copy(pages.start, span, true).pages;
         for moving in run.into_iter().take(installed) {
-            note_mapped(&moving.finish(), false);
+            note_mapped(&moving.finish(), false, service);
         }
         if installed > 0 {
             let end = pages.start + installed as u64;
@@ -751,26 +819,14 @@ impl FilePages {
 }
 
 /// Notes in a locked page's state what mappings may do with it.
-fn note_mapped(folio: &Folio<'_>, stores: bool) {
-    let flags = if stores { UMAP_RO | UMAP_RW } else { UMAP_RO };
+fn note_mapped(folio: &Folio<'_>, stores: bool, service: Service<'_>) {
+    let mut flags = if stores { UMAP_RO | UMAP_RW } else { UMAP_RO };
+    if service.tracked() {
+        flags |= UMAP_ASYNC;
+    }
     let before = folio.cache().header(folio.frame()).state.set(flags);
     debug_assert!(
         !stores || before & DIRTY != 0,
         "a page may be stored to before it is dirty (INV2)"
     );
-}
-
-/// Maps neighbouring pages of the window.
-fn install_run(run: &[Folio<'_>], pages: Range<u64>, service: Service<'_>) {
-    if service.target.shared() {
-        for folio in run {
-            note_mapped(folio, false);
-        }
-    }
-    // A page that is mapped already ends it: those beside it mostly are as well, and each would cost a system call.
-    let start = pages.start;
-    let installed = service.target.resume(pages, service.target.shared());
-    if installed.pages > 0 {
-        service.reach.note(&(start..start + installed.pages as u64));
-    }
 }

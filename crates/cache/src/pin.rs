@@ -177,7 +177,9 @@ impl FilePages {
             if self.map(page, access, page..page + 1, None, target)? == MapOutcome::BeyondEnd {
                 return Ok(None);
             }
-            let Some((_gate, folio)) = self.lock_valid(page, kind == PinKind::Write)? else {
+            // As in `map`: nothing that lets stores in is installed against the gate.
+            let stores = kind == PinKind::Write || target.tracked();
+            let Some((_gate, folio)) = self.lock_valid(page, stores)? else {
                 return Ok(None);
             };
             // Evicted and read again since it was mapped: it has to move once more before it may be pinned.

@@ -8,6 +8,7 @@
 //!
 //! *Locking*: waits with nothing but classes 1 to 4 held. Eviction takes folio locks by trying.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pinfold_mem::{Charge, Frame, FrameRun};
@@ -15,9 +16,10 @@ use smallvec::SmallVec;
 
 use crate::CacheError;
 use crate::cache::{Cache, Header};
+use crate::file::FilePages;
 use crate::policy::Verdict;
 use crate::slots::Slot;
-use crate::state::{DIRTY, LOCKED, PRESENT, UPTODATE, USERS_MASK, WRITEBACK};
+use crate::state::{DIRTY, LOCKED, PRESENT, UMAP_ASYNC, UPTODATE, USERS_MASK, WRITEBACK};
 
 /// Pages freed at once when there is no room left.
 const RECLAIM_BATCH: usize = 32;
@@ -183,7 +185,10 @@ impl Cache {
             Verdict::Evicted
         });
         self.arena.free_all(&frames);
+        let files = self.keep_stored(&mut slots);
         let dropped = self.evict_slots(&mut slots);
+        // One of these may be the last reference, whose end drops pages: not while any is claimed here.
+        drop(files);
         saved.take_over(dropped);
         let evicted = frames.len() + dropped;
         self.counters.evicted.add(evicted as u64);
@@ -193,23 +198,67 @@ impl Cache {
         evicted
     }
 
+    /// Puts a page back that was claimed for eviction.
+    pub(crate) fn keep(&self, frame: Frame, also: u64) {
+        let header = self.header(frame);
+        self.policy.admit(frame, header.key().hash());
+        if header.state.unlock(UPTODATE | also, 0) {
+            self.wake(frame);
+        }
+    }
+
+    fn place(&self, frame: Frame) -> (u64, u64) {
+        let key = self.header(frame).key();
+        (key.file, key.page)
+    }
+
+    /// Tells whether a page is the next after another in one file.
+    fn follows(&self, before: Frame, after: Frame) -> bool {
+        let (file, page) = self.place(before);
+        self.place(after) == (file, page + 1)
+    }
+
+    /// Takes those of the pages claimed for eviction back that were stored to without notice; the others are in no
+    /// mapping any more where that could happen. Returns the files concerned.
+    fn keep_stored(
+        &self,
+        slots: &mut SmallVec<[Frame; RECLAIM_BATCH]>,
+    ) -> SmallVec<[Arc<FilePages>; 1]> {
+        let tracked = |frame: &Frame| self.header(*frame).state.load() & UMAP_ASYNC != 0;
+        let mut files = SmallVec::new();
+        if !slots.iter().any(tracked) {
+            return files;
+        }
+        slots.sort_unstable_by_key(|&frame| self.place(frame));
+        let mut kept: SmallVec<[Frame; RECLAIM_BATCH]> = SmallVec::new();
+        for run in slots.chunk_by(|a, b| self.follows(*a, *b)) {
+            if !run.iter().any(tracked) {
+                continue;
+            }
+            // A file with such mappings is listed as long as it has them.
+            let file = self.dirty_files.lock().get(&self.place(run[0]).0).cloned();
+            if let Some(file) = file {
+                kept.extend(file.keep_stored(run));
+                files.push(file);
+            }
+        }
+        slots.retain(|frame| !kept.contains(frame));
+        if !kept.is_empty() {
+            self.kick_flusher(true);
+        }
+        files
+    }
+
     /// Drops pages that were claimed for eviction out of their windows, neighbours together; returns how many went.
     ///
     /// They stay locked and listed until they are gone from every mapping, so that no fault brings one back early. They
-    /// are clean, so they are write-protected in every mapping (INV2) and no store is lost.
+    /// are clean, so they are write-protected in every mapping (INV2), or in none ([`Cache::keep_stored`]), and no store is
+    /// lost.
     fn evict_slots(&self, slots: &mut [Frame]) -> usize {
-        slots.sort_unstable_by_key(|&frame| {
-            let key = self.header(frame).key();
-            (key.file, key.page)
-        });
-        let key = |frame: Frame| self.header(frame).key();
-        let follows = |a: &Frame, b: &Frame| {
-            let (a, b) = (key(*a), key(*b));
-            a.file == b.file && a.page + 1 == b.page
-        };
+        slots.sort_unstable_by_key(|&frame| self.place(frame));
         let mut gone = 0;
-        for run in slots.chunk_by(follows) {
-            let first = key(run[0]);
+        for run in slots.chunk_by(|a, b| self.follows(*a, *b)) {
+            let first = self.header(run[0]).key();
             let pages = first.page..first.page + run.len() as u64;
             let punched = self
                 .slots
@@ -223,10 +272,7 @@ impl Cache {
                     gone += 1;
                 } else {
                     // The system would not: the page is as good as before.
-                    self.policy.admit(frame, header.key().hash());
-                    if header.state.unlock(UPTODATE, 0) {
-                        self.wake(frame);
-                    }
+                    self.keep(frame, 0);
                 }
             }
         }

@@ -51,6 +51,8 @@ pub const ZOMBIE: u64 = 1 << 10;
 pub const HOME_ARENA: u64 = 1 << 11;
 /// The page's bytes live in the window of a mapped file.
 pub const HOME_WINDOW: u64 = 1 << 12;
+/// A user mapping may store to the page without anybody being told: only the kernel knows whether it did.
+pub const UMAP_ASYNC: u64 = 1 << 13;
 
 const REF_ONE: u64 = 1 << 16;
 const REF_MASK: u64 = 0xffff << 16;

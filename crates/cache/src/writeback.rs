@@ -24,7 +24,8 @@ use crate::CacheError;
 use crate::cache::Cache;
 use crate::file::{Attempt, FilePages};
 use crate::folio::Folio;
-use crate::state::{DIRTY, ERROR, UMAP_RW, WRITEBACK, write_pins};
+use crate::state::{DIRTY, ERROR, UMAP_ASYNC, UMAP_RW, WRITEBACK, write_pins};
+use crate::stores::Harvest;
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// Pages in one write transfer at most: 4 MiB. A filesystem makes direct writes that extend a file wait for each other,
@@ -249,7 +250,7 @@ impl<'a> Sweep<'a> {
             if self.mode == Mode::Integrity {
                 self.send_copy(folio);
             }
-        } else if state & UMAP_RW != 0 || !self.held.is_empty() {
+        } else if state & (UMAP_RW | UMAP_ASYNC) != 0 || !self.held.is_empty() {
             self.held.push(folio);
             if self.held.len() == HELD_MAX {
                 self.clean_held();
@@ -346,6 +347,9 @@ impl FilePages {
         range: Range<u64>,
         mode: Mode,
     ) -> Result<usize, StoreError> {
+        if mode == Mode::Integrity {
+            self.harvest(range.clone(), Harvest::Wait);
+        }
         let (todo, under_way) = self.to_write(range, mode);
         let mut sweep = Sweep {
             file: self,
@@ -592,7 +596,7 @@ impl Cache {
         self.dirty_files.lock().retain(|_, file| {
             // First the flag, then the look: a writer dirties first and then looks at the flag.
             file.listed.store(false, Ordering::SeqCst);
-            let keep = file.is_dirty();
+            let keep = file.is_dirty() || file.is_tracked();
             if keep {
                 file.listed.store(true, Ordering::SeqCst);
             } else {
@@ -626,6 +630,7 @@ impl Cache {
 
     /// Writes what is too old, and while too much is dirty, whatever is.
     fn flush_once(&self, starved: bool) {
+        self.harvest_all();
         let mut visited = HashSet::new();
         let mut failed = HashSet::new();
         loop {

@@ -9,16 +9,17 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use pinfold_base::sync::{Mutex, MutexGuard};
+use pinfold_base::sync::Mutex;
 use pinfold_base::{Errno, PAGE_SIZE};
 use pinfold_cache::{CacheError, MapOutcome};
 use pinfold_mem::forked::Process;
 use pinfold_mem::mapped::{self, InsertError, Registration};
-use pinfold_mem::uffd::{Event, FaultKind, UffdError};
+use pinfold_mem::uffd::{Event, FaultKind, UffdError, tracks_stores};
 use pinfold_mem::window::WindowError;
 use pinfold_mem::{
     Access, Delivery, MappedMemory, Privilege, Quiet, Uffd, UserMapKind, Window, quiet,
 };
+use smallvec::SmallVec;
 
 use crate::channel::{Channel, EVENTS_MAX};
 use crate::file_mappings::FileMappings;
@@ -92,10 +93,6 @@ pub(crate) struct Shared {
     /// Mappings by their first address, and by themselves: one may begin where another gave up its first pages.
     table: RwLock<BTreeMap<(usize, usize), Arc<UserMapping>>>,
     threads: Mutex<Threads>,
-    /// Held by the thread that reads events.
-    reading: Mutex<()>,
-    /// Readers that wait for their turn.
-    resting: AtomicUsize,
     /// Refusals that stand and have to be taken back some time.
     refusals: AtomicUsize,
 }
@@ -156,7 +153,7 @@ impl Shared {
     /// What a thread that reads events does, until they end.
     fn read_events(&self, channel: &Channel) {
         let mut events = [Event::NONE; EVENTS_MAX];
-        let mut reading = self.take_turn();
+        let mut reading = channel.take_turn();
         while let Some(events) = channel.read(&mut events) {
             let mut waiting = events.iter().filter_map(|event| self.at_once(event));
             // Of those that have to wait one is served here, if another thread reads events meanwhile.
@@ -165,7 +162,7 @@ impl Shared {
             let Some(request) = mine else {
                 continue;
             };
-            if self.resting.load(Ordering::SeqCst) == 0 {
+            if !channel.has_resting() {
                 self.hand_over(request);
                 continue;
             }
@@ -174,16 +171,9 @@ impl Shared {
                 // Whoever takes refusals back may be asleep.
                 self.slots.nudge();
             }
-            reading = self.take_turn();
+            reading = channel.take_turn();
         }
         drop(reading);
-    }
-
-    fn take_turn(&self) -> MutexGuard<'_, ()> {
-        self.resting.fetch_add(1, Ordering::SeqCst);
-        let turn = self.reading.lock();
-        self.resting.fetch_sub(1, Ordering::SeqCst);
-        turn
     }
 
     fn hand_over(&self, request: Request) {
@@ -317,8 +307,9 @@ pub struct Faults {
 
 #[derive(Default)]
 struct Channels {
-    handler: Option<Arc<Channel>>,
-    inline: Option<Arc<Channel>>,
+    open: SmallVec<[Arc<Channel>; 2]>,
+    /// Why stores cannot be tracked here, once that is known.
+    untracked: Option<SetupError>,
 }
 
 impl fmt::Debug for Faults {
@@ -340,6 +331,8 @@ pub struct MapRequest<'a> {
     pub kind: UserMapKind,
     /// How its faults are served.
     pub delivery: Delivery,
+    /// Let the kernel pass first stores, and find them by looking for them. Concerns [`UserMapKind::SharedWrite`] alone.
+    pub tracked: bool,
     /// The file's other mappings.
     pub files: &'a Arc<FileMappings>,
 }
@@ -355,8 +348,6 @@ impl Faults {
                 counters: FaultCounters::default(),
                 table: RwLock::new(BTreeMap::new()),
                 threads: Mutex::new(Threads::default()),
-                reading: Mutex::new(()),
-                resting: AtomicUsize::new(0),
                 refusals: AtomicUsize::new(0),
             }),
             channels: Mutex::new(Channels::default()),
@@ -377,8 +368,7 @@ impl Faults {
     /// None is to be had.
     pub fn privilege(&self) -> Result<Privilege, SetupError> {
         let channels = self.channels.lock();
-        let open = channels.handler.as_ref().or(channels.inline.as_ref());
-        if let Some(channel) = open {
+        if let Some(channel) = channels.open.first() {
             return Ok(channel.uffd().privilege());
         }
         drop(channels);
@@ -387,21 +377,46 @@ impl Faults {
             .map_err(SetupError::Uffd)
     }
 
+    /// Tells whether mappings can be tracked here ([`MapRequest::tracked`]).
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn can_track(&self, delivery: Delivery) -> Result<(), SetupError> {
+        self.channel(delivery, true).map(drop)
+    }
+
+    /// Opens a userfaultfd that finds stores by looking for them, if this kernel says enough about them.
+    fn open_tracked(&self, delivery: Delivery) -> Result<Uffd, SetupError> {
+        let uffd = Uffd::open(delivery, self.privileges.clone(), true).map_err(SetupError::Uffd)?;
+        match tracks_stores(&uffd) {
+            Ok(true) => Ok(uffd),
+            Ok(false) => Err(SetupError::Register(Errno::EOPNOTSUPP)),
+            Err(errno) => Err(SetupError::Register(errno)),
+        }
+    }
+
     /// Returns the userfaultfd of a delivery, with threads to serve its faults.
-    fn channel(&self, delivery: Delivery) -> Result<Arc<Channel>, SetupError> {
+    fn channel(&self, delivery: Delivery, tracked: bool) -> Result<Arc<Channel>, SetupError> {
         let mut channels = self.channels.lock();
-        let place = match delivery {
-            Delivery::Handler => &mut channels.handler,
-            Delivery::Inline => &mut channels.inline,
+        let of_kind = |channel: &&Arc<Channel>| {
+            channel.delivery() == delivery && channel.uffd().wp_async() == tracked
         };
-        if let Some(channel) = place {
+        if let Some(channel) = channels.open.iter().find(of_kind) {
             return Ok(Arc::clone(channel));
+        }
+        if let (true, Some(error)) = (tracked, channels.untracked) {
+            return Err(error);
         }
         if self.shared.threads.lock().workers == 0 {
             self.shared.start_worker()?;
         }
-        let uffd =
-            Uffd::open(delivery, self.privileges.clone(), false).map_err(SetupError::Uffd)?;
+        let uffd = if tracked {
+            let opened = self.open_tracked(delivery);
+            channels.untracked = opened.as_ref().err().copied();
+            opened?
+        } else {
+            Uffd::open(delivery, self.privileges.clone(), false).map_err(SetupError::Uffd)?
+        };
         let channel = Arc::new(Channel::new(uffd));
         if delivery == Delivery::Handler {
             for _ in 0..READERS {
@@ -410,7 +425,8 @@ impl Faults {
                 self.shared.threads.lock().handles.push(handle);
             }
         }
-        Ok(Arc::clone(place.insert(channel)))
+        channels.open.push(Arc::clone(&channel));
+        Ok(channel)
     }
 
     /// Maps pages of a file and serves their faults from here on.
@@ -422,7 +438,8 @@ impl Faults {
         request: &MapRequest<'_>,
         target: Arc<dyn FaultTarget>,
     ) -> Result<Placed, SetupError> {
-        let channel = self.channel(request.delivery)?;
+        let tracked = request.tracked && request.kind == UserMapKind::SharedWrite;
+        let channel = self.channel(request.delivery, tracked)?;
         let map = request
             .window
             .user_map(request.pages.clone(), request.kind)
@@ -439,6 +456,10 @@ impl Faults {
             faults: Arc::clone(self),
         };
         let mapping = &placed.mapping;
+        if mapping.is_tracked() {
+            // Whoever writes everything back, or looks for old data, has to ask this file from here on.
+            mapping.pages().note_dirty_file();
+        }
         self.shared.enter(mapping);
         mapping
             .channel()
@@ -460,7 +481,7 @@ impl Drop for Faults {
         }
         self.shared.slots.stop();
         let channels = self.channels.lock();
-        for channel in channels.handler.iter().chain(&channels.inline) {
+        for channel in &channels.open {
             channel.uffd().stop();
         }
         drop(channels);
@@ -512,6 +533,7 @@ impl Placed {
                 .exclude(addr(pages.start)..addr(pages.end))
                 .map_err(InsertError::errno)?;
         }
+        self.mapping.find_stores(pages);
         self.mapping.give_up(pages)
     }
 }
@@ -528,10 +550,15 @@ impl Drop for Placed {
         drop(self.registration.lock().take());
         self.faults.shared.leave(&self.mapping);
         self.mapping.wait_unserved();
+        let pages = self.mapping.map().pages();
+        // The page tables know of them until then.
+        self.mapping.find_stores(&pages);
         // Unmapping whole ranges cannot fail for want of room.
-        let _ = self.mapping.give_up(&self.mapping.map().pages());
+        let _ = self.mapping.give_up(&pages);
         self.mapping.forgive();
         self.files.leave(&self.mapping);
+        // Where it was the last that could be stored to without notice, the pages need not be asked about any more.
+        self.mapping.find_stores(&pages);
     }
 }
 

@@ -60,6 +60,14 @@ impl FileMappings {
         self.visit(|mapping| mapping.forgive());
     }
 
+    fn visit_tracked(&self, mut visit: impl FnMut(&UserMapping)) {
+        self.visit(|mapping| {
+            if mapping.is_tracked() {
+                visit(mapping);
+            }
+        });
+    }
+
     fn visit(&self, visit: impl FnMut(&UserMapping)) {
         let list = self.list.read().unwrap_or_else(PoisonError::into_inner);
         list.iter().map(Arc::as_ref).for_each(visit);
@@ -73,5 +81,22 @@ impl ReverseMap for FileMappings {
 
     fn protect(&self, pages: Range<u64>) {
         self.visit(|mapping| mapping.protect(&pages));
+    }
+
+    fn tracks(&self, pages: &Range<u64>) -> bool {
+        let mut any = false;
+        self.visit_tracked(|mapping| {
+            let shown = mapping.map().pages();
+            any |= shown.start < pages.end && pages.start < shown.end;
+        });
+        any
+    }
+
+    fn stores(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
+        self.visit_tracked(|mapping| mapping.stores(pages, found));
+    }
+
+    fn withdraw(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
+        self.visit_tracked(|mapping| mapping.withdraw(pages, found));
     }
 }

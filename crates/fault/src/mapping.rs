@@ -8,11 +8,13 @@ use std::sync::{Arc, PoisonError, RwLock};
 use pinfold_base::rank::rule_zero;
 use pinfold_base::{Errno, PAGE_SIZE};
 use pinfold_cache::{
-    AROUND_MAX, CacheError, FilePages, MapOutcome, MapTarget, PinKind, PinRefusal, Walks, Want,
+    AROUND_MAX, CacheError, FilePages, Harvest, MapOutcome, MapTarget, PinKind, PinRefusal, Walks,
+    Want,
 };
 use pinfold_mem::{
     Access, Delivery, InstallStop, Installed, Lent, MappedMemory, PinStop, PinnedPart, RawSpan,
     SignalVerdict, UserMap, UserMapKind, futex,
+    uffd::{ScanFor, scan},
 };
 use smallvec::{SmallVec, smallvec};
 
@@ -177,6 +179,51 @@ impl UserMapping {
                 busy => futex::wait(&self.serving, busy, None),
             }
         }
+    }
+
+    /// Tells whether first stores come without a fault and are found by looking for them.
+    #[must_use]
+    pub fn is_tracked(&self) -> bool {
+        self.map.kind() == UserMapKind::SharedWrite && self.channel.uffd().wp_async()
+    }
+
+    /// Makes the file know of stores to pages that are about to lose their entries. Nothing is held.
+    pub(crate) fn find_stores(&self, pages: &Range<u64>) {
+        if self.is_tracked() {
+            self.pages().harvest(pages.clone(), Harvest::Wait);
+        }
+    }
+
+    /// Tells which pages were stored to since this was asked last or they were protected, and protects them again.
+    pub(crate) fn stores(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
+        self.each_live(pages, |addr, len| self.look(addr, len, found));
+    }
+
+    /// The same after access to the pages was taken away.
+    pub(crate) fn withdraw(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
+        self.each_live(pages, |addr, len| {
+            let part = self.pages_at(addr, len);
+            if self.map.drop_entries(part.clone()).is_err() {
+                // Locked by the program, for one: then stores go on, and the pages stay.
+                found(part);
+                return;
+            }
+            self.look(addr, len, found);
+        });
+    }
+
+    fn look(&self, addr: usize, len: usize, found: &mut dyn FnMut(Range<u64>)) {
+        let stored = |run: Range<usize>| found(self.pages_at(run.start, run.len()));
+        if scan(addr..addr + len, ScanFor::WrittenAndProtect, stored).is_err() {
+            // Whatever it did not say may be so.
+            found(self.pages_at(addr, len));
+        }
+    }
+
+    /// Returns the pages that a part of the address range shows.
+    fn pages_at(&self, addr: usize, len: usize) -> Range<u64> {
+        let first = self.map.pages().start + ((addr - self.map.addr()) / PAGE) as u64;
+        first..first + (len / PAGE) as u64
     }
 
     fn is_private(&self) -> bool {
@@ -432,6 +479,10 @@ impl MapTarget for Place<'_> {
 
     fn protected(&self) -> bool {
         self.1
+    }
+
+    fn tracked(&self) -> bool {
+        self.0.is_tracked()
     }
 
     fn copy(&self, page: u64, from: RawSpan, protect: bool) -> Installed {

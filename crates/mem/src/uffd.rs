@@ -14,6 +14,7 @@
 mod scan;
 #[cfg(test)]
 mod tests;
+mod tracking;
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -27,6 +28,7 @@ use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::mm::{UserfaultfdFlags, userfaultfd};
 
 pub use scan::{ScanFor, scan};
+pub use tracking::tracks_stores;
 
 use crate::copy::Access;
 use crate::descriptor::high;
@@ -307,6 +309,12 @@ impl Uffd {
     #[must_use]
     pub fn can_poison(&self) -> bool {
         self.features & u64::from(raw::UFFD_FEATURE_POISON) != 0
+    }
+
+    /// Tells whether the kernel resolves write-protect faults by itself, so that stores are found with [`scan`].
+    #[must_use]
+    pub fn wp_async(&self) -> bool {
+        self.features & u64::from(raw::UFFD_FEATURE_WP_ASYNC) != 0
     }
 
     /// Takes charge of every fault in a mapping: missing, minor and write-protected pages.

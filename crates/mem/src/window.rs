@@ -623,8 +623,9 @@ impl UserMap {
         let at = ((pages.start - self.pages.start) * PAGE_SIZE) as usize;
         let len = ((pages.end - pages.start) * PAGE_SIZE) as usize;
         let addr = self.addr.as_ptr().wrapping_add(at);
+        // Also where the program has locked its memory: entries must go when we say so.
         // SAFETY: a part of our mapping, still mapped while `left` is locked; contents come again by a fault.
-        unsafe { madvise(addr.cast(), len, Advice::LinuxDontNeed) }.map_err(errno)
+        unsafe { madvise(addr.cast(), len, Advice::LinuxDontneedLocked) }.map_err(errno)
     }
 }
 

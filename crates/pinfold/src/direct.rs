@@ -19,7 +19,7 @@
 //! ```
 
 use pinfold_base::{Errno, PAGE_SIZE, Progress, page_span};
-use pinfold_cache::CacheError;
+use pinfold_cache::{CacheError, Harvest};
 use pinfold_mem::lend::Limits;
 use pinfold_mem::{AlignedBuf, IovCursor, PinStop, Segments, faultin, mapped};
 use pinfold_store::{Object, StoreError};
@@ -125,12 +125,13 @@ impl File {
         }
         let object = inode.object().as_ref();
         let wanted = offset..offset.saturating_add(cursor.count() as u64);
-        if how.nowait
-            && inode
-                .pages()
-                .next_dirty(offset / PAGE_SIZE)
-                .is_some_and(|page| page * PAGE_SIZE < wanted.end)
-        {
+        let known_dirty = || {
+            let (pages, concerned) = (inode.pages(), page_span(offset, cursor.count() as u64));
+            pages.harvest(concerned.clone(), Harvest::Try);
+            let next = pages.next_known_dirty(concerned.start);
+            next.is_some_and(|page| page < concerned.end)
+        };
+        if how.nowait && known_dirty() {
             let error = Error::cache("read", CacheError::WouldBlock);
             return Progress::stopped(0, Stop::Refused(error));
         }
@@ -516,6 +517,9 @@ pub(crate) fn past_cache<E: From<StoreError> + From<Cached>>(
     }
     // The pages at both ends may hold bytes beside the range: those must be stored before the pages go.
     let bytes = range.start * PAGE_SIZE..range.end.saturating_mul(PAGE_SIZE);
+    // Stores go on in a mapping that has its entries: one between these steps would keep the page, with bytes older than
+    // those about to be stored (C-1). The gate keeps new entries off.
+    pages.harvest(range.clone(), Harvest::Withdraw);
     let mut tries = 0;
     loop {
         if let Err(error) = inode.flush_range(bytes.clone()) {

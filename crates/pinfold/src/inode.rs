@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use parking_lot::Mutex;
 use pinfold_base::rank::{Rank, ReadGuard, RwLock, WriteGuard};
 use pinfold_base::{Errno, PAGE_SIZE, page_span};
-use pinfold_cache::{CacheError, FilePages, Here, MapOutcome, Mode, Owner, Pace, Sample};
+use pinfold_cache::{CacheError, FilePages, Harvest, Here, MapOutcome, Mode, Owner, Pace, Sample};
 use pinfold_fault::{Fault, FaultTarget, FileMappings};
 use pinfold_mem::{Access, clock};
 use pinfold_store::{Object, StoreError, SyncScope};
@@ -347,6 +347,7 @@ impl Inode {
     pub(crate) fn reload(&self, len: u64, is_current: impl FnOnce() -> bool) -> Reload {
         let _exclusive = self.lock_exclusive();
         let _blocked = self.pages.gate().block();
+        self.pages.harvest(0..u64::MAX, Harvest::Withdraw);
         if self.pages.is_dirty() {
             return Reload::NewerCached;
         }
@@ -377,6 +378,10 @@ impl Owner for Inode {
     fn wrote_back(&self) {
         self.tell_times();
     }
+
+    fn found_stores(&self) {
+        self.touch_modified();
+    }
 }
 
 impl Inode {
@@ -385,7 +390,7 @@ impl Inode {
     fn begin_store(&self, page: u64) -> std::result::Result<(), CacheError> {
         let end = self.len();
         let bytes = page * PAGE_SIZE..end.min((page + 1) * PAGE_SIZE);
-        if bytes.is_empty() || self.pages.next_dirty(page) == Some(page) {
+        if bytes.is_empty() || self.pages.next_known_dirty(page) == Some(page) {
             // Beyond the end, which the fault will find; or dirty, so all of it is done.
             return Ok(());
         }

@@ -48,7 +48,7 @@ pub use directory::Directory;
 pub use error::{Error, ErrorKind, Result};
 pub use file::{Access, File};
 pub use io::{CALL_BYTES_MAX, Cancel, IoOptions};
-pub use mapping::{Advice, MapAccess, MapOptions, Mapping, Pinned};
+pub use mapping::{Advice, MapAccess, MapOptions, Mapping, Pinned, Tracking};
 pub use metadata::{Caller, Kind, Metadata, NodeId, Owner, SetAttributes, SetTime, Statfs};
 pub use node::{Node, ObjectLayer, RenameFlags, SetXattr};
 pub use open_options::OpenOptions;

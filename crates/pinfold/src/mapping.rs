@@ -16,12 +16,13 @@ use pinfold_base::{Errno, PAGE_SIZE, Progress};
 use pinfold_cache::{MapOutcome, PagePin, PinKind};
 use pinfold_fault::{MapRequest, Placed};
 use pinfold_mem::{self as mem, CopyStop, Delivery, Quiet, UserMapKind};
-use pinfold_store::SyncScope;
+use pinfold_store::{Seek, SyncScope};
 
 pub use pinfold_fault::Advice;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::{Access, File};
+use crate::inode::Inode;
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// Times a page is brought in for one copy before it is given up: others drop it as fast.
@@ -41,12 +42,32 @@ pub enum MapAccess {
     Private,
 }
 
+/// How the library learns of the first store to a mapped page that was clean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Tracking {
+    /// [`Tracking::Async`] where the kernel can, and where the store has room for every byte of the range already and the
+    /// range ends with the file, so that nobody need know before write-back; otherwise [`Tracking::Sync`].
+    #[default]
+    Auto,
+    /// By a fault. Room for the page is had from the store first, the storing thread is slowed down while too much is
+    /// dirty, and the file's time moves at once.
+    Sync,
+    /// By looking: the kernel lets the store pass and remembers it. Cheaper by a fault for each page that is stored to, again
+    /// after each write-back. What a store does to the file's time, and to what counts as dirty, comes when somebody
+    /// looks: every sync and write-back, background write-back about once a second, eviction, unmapping. A
+    /// store to a hole for which the store has no room is an error of the next sync.
+    ///
+    /// Mapping so fails with `EOPNOTSUPP` (before Linux 6.7) or the error of opening /proc/self/pagemap where the kernel cannot.
+    Async,
+}
+
 /// How a file is mapped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
 pub struct MapOptions {
     access: MapAccess,
     delivery: Delivery,
+    tracking: Tracking,
     advice: Advice,
 }
 
@@ -55,6 +76,7 @@ impl Default for MapOptions {
         Self {
             access: MapAccess::Read,
             delivery: Delivery::Handler,
+            tracking: Tracking::Auto,
             advice: Advice::Normal,
         }
     }
@@ -82,6 +104,12 @@ impl MapOptions {
     /// its first fault.
     pub fn delivery(mut self, delivery: Delivery) -> Self {
         self.delivery = delivery;
+        self
+    }
+
+    /// Sets how the library learns of the first store to a page of a [`MapAccess::Write`] mapping.
+    pub fn tracking(mut self, tracking: Tracking) -> Self {
+        self.tracking = tracking;
         self
     }
 
@@ -198,6 +226,7 @@ impl File {
                 MapAccess::Private => UserMapKind::Private,
             },
             delivery: options.delivery,
+            tracked: inode.tracks(options, &range).map_err(told)?,
             files: inode.mappings(),
         };
         let placed = inode
@@ -216,6 +245,27 @@ impl File {
             mapping.advise(Advice::WillNeed, 0..mapping.len())?;
         }
         Ok(mapping)
+    }
+}
+
+impl Inode {
+    /// Decides whether a mapping's stores are found by looking for them.
+    fn tracks(&self, options: &MapOptions, range: &Range<u64>) -> Result<bool> {
+        let possible = || self.engine().faults().can_track(options.delivery);
+        match options.tracking {
+            _ if options.access != MapAccess::Write => Ok(false),
+            Tracking::Sync => Ok(false),
+            Tracking::Async => possible()
+                .map(|()| true)
+                .map_err(|error| Error::invalid("map", error.errno()).caused_by(error)),
+            Tracking::Auto => Ok(self.has_room_for(range) && possible().is_ok()),
+        }
+    }
+
+    /// Tells whether the store has room for all of a range, which ends with the file at most.
+    fn has_room_for(&self, range: &Range<u64>) -> bool {
+        let hole = self.object().seek(Seek::Hole, range.start);
+        range.end <= self.len() && hole.is_ok_and(|hole| hole.is_some_and(|at| at >= range.end))
     }
 }
 
@@ -249,6 +299,16 @@ impl Mapping {
     #[must_use]
     pub fn file_range(&self) -> Range<u64> {
         self.range.clone()
+    }
+
+    /// Tells how first stores are learnt of: [`Tracking::Sync`] or [`Tracking::Async`].
+    #[must_use]
+    pub fn tracking(&self) -> Tracking {
+        if self.placed.is_tracked() {
+            Tracking::Async
+        } else {
+            Tracking::Sync
+        }
     }
 
     /// Tells how faults are served.

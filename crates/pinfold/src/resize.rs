@@ -7,6 +7,8 @@ use std::ops::Range;
 
 use pinfold_base::units::FILE_SIZE_MAX;
 use pinfold_base::{Errno, PAGE_SIZE};
+use pinfold_cache::Harvest;
+
 use pinfold_store::{Rearrange, StoreResult};
 
 use crate::error::{Error, Result};
@@ -126,6 +128,10 @@ fn zero_pages(inode: &Inode, whole: &Range<u64>, reserve: bool) -> StoreResult<(
             object.punch(whole.clone())
         }
     };
+    pages.harvest(
+        whole.start / PAGE_SIZE..whole.end / PAGE_SIZE,
+        Harvest::Withdraw,
+    );
     let newer = pages
         .next_dirty(whole.start / PAGE_SIZE)
         .is_some_and(|page| page * PAGE_SIZE < whole.end);
@@ -179,6 +185,7 @@ fn shift(inode: &Inode, how: Rearrange, range: &Range<u64>) -> Result<()> {
         return Err(Error::invalid(OPERATION, Errno::EINVAL).at_range(range.clone()));
     }
     let _blocked = inode.pages().gate().block();
+    inode.pages().harvest(0..u64::MAX, Harvest::Withdraw);
     inode
         .flush_range(0..u64::MAX)
         .map_err(|error| Error::store(OPERATION, error))?;

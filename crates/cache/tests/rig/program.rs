@@ -6,12 +6,12 @@
 )]
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
-use pinfold_cache::{FilePages, MapOutcome, MapTarget, ReverseMap};
-use pinfold_mem::uffd::{Event, Installed, ScanFor, scan};
+use pinfold_cache::{FilePages, Harvest, MapOutcome, MapTarget, ReverseMap};
+use pinfold_mem::uffd::{Event, Installed, ScanFor, scan, tracks_stores};
 use pinfold_mem::{Delivery, Privilege, RawSpan, Uffd, UserMap, UserMapKind};
 
 const PAGE: usize = 4096;
@@ -28,12 +28,27 @@ struct Inner {
     uffd: Uffd,
     map: OnceLock<UserMap>,
     faults: AtomicU64,
+    /// The byte to store once to a page that is about to be withdrawn; 0: none.
+    late: AtomicU8,
 }
 
 impl Program {
     /// Maps the first `pages` of a file; `None` where the system has no userfaultfd for us.
     pub fn start(file: &Arc<FilePages>, pages: u64, kind: UserMapKind) -> Option<Self> {
-        let uffd = match Uffd::open(Delivery::Handler, Privilege::ANY, false) {
+        Self::begin(file, pages, kind, false)
+    }
+
+    /// The same with stores that come without notice; `None` also where the kernel cannot tell of them.
+    pub fn tracked(file: &Arc<FilePages>, pages: u64) -> Option<Self> {
+        Self::begin(file, pages, UserMapKind::SharedWrite, true)
+    }
+
+    fn begin(file: &Arc<FilePages>, pages: u64, kind: UserMapKind, tracked: bool) -> Option<Self> {
+        let uffd = match Uffd::open(Delivery::Handler, Privilege::ANY, tracked) {
+            Ok(uffd) if tracked && tracks_stores(&uffd) != Ok(true) => {
+                eprintln!("skipped: stores cannot be tracked");
+                return None;
+            }
             Ok(uffd) => uffd,
             Err(error) => {
                 eprintln!("skipped: {error}");
@@ -45,12 +60,14 @@ impl Program {
             uffd,
             map: OnceLock::new(),
             faults: AtomicU64::new(0),
+            late: AtomicU8::new(0),
         });
         let reverse = Arc::new(Reverse(Arc::downgrade(&inner)));
         let window = file.open_window(pages, reverse).unwrap();
         let map = window.user_map(0..pages, kind).unwrap();
         inner.uffd.register(&map).unwrap();
         assert!(inner.map.set(map).is_ok());
+        file.note_dirty_file();
         let servers = (0..SERVERS)
             .map(|_| {
                 let inner = Arc::clone(&inner);
@@ -92,6 +109,12 @@ impl Program {
         unsafe { addr.write_volatile(word.to_le()) };
     }
 
+    /// Has `byte` stored at the worst of moments: to the next page that is withdrawn, after it was asked whether it was stored
+    /// to, before its entry goes.
+    pub fn store_late(&self, byte: u8) {
+        self.inner.late.store(byte, Ordering::Relaxed);
+    }
+
     /// Returns how many faults were taken so far.
     pub fn faults(&self) -> u64 {
         self.inner.faults.load(Ordering::Relaxed)
@@ -116,6 +139,8 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
+        let file = Arc::clone(&self.inner.file);
+        file.harvest(0..u64::MAX, Harvest::Withdraw);
         self.inner.uffd.stop();
         for server in self.servers.drain(..) {
             let served = server.join();
@@ -155,6 +180,25 @@ impl Inner {
         }
     }
 
+    fn store_late(&self, page: u64) {
+        let byte = self.late.swap(0, Ordering::Relaxed);
+        if byte != 0 {
+            let addr = self.map().addr_of(page).unwrap();
+            let place = std::ptr::with_exposed_provenance_mut::<u8>(addr);
+            // SAFETY: in the user map, which lives as long as `self`, and into which no references exist.
+            unsafe { place.write_volatile(byte) };
+        }
+    }
+
+    fn look(&self, pages: Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
+        let (at, len) = self.range(&pages);
+        let page = |addr: usize| pages.start + ((addr - at) / PAGE) as u64;
+        scan(at..at + len, ScanFor::WrittenAndProtect, |run| {
+            found(page(run.start)..page(run.end));
+        })
+        .unwrap();
+    }
+
     fn range(&self, pages: &Range<u64>) -> (usize, usize) {
         let at = self.map().addr_of(pages.start).unwrap();
         (at, (pages.end - pages.start) as usize * PAGE)
@@ -168,6 +212,10 @@ impl MapTarget for Inner {
 
     fn shared(&self) -> bool {
         self.map().kind() != UserMapKind::Private
+    }
+
+    fn tracked(&self) -> bool {
+        self.uffd.wp_async()
     }
 
     fn copy(&self, page: u64, from: RawSpan, protect: bool) -> Installed {
@@ -195,6 +243,10 @@ impl MapTarget for Program {
         self.inner.shared()
     }
 
+    fn tracked(&self) -> bool {
+        self.inner.tracked()
+    }
+
     fn copy(&self, page: u64, from: RawSpan, protect: bool) -> Installed {
         self.inner.copy(page, from, protect)
     }
@@ -211,7 +263,39 @@ impl MapTarget for Program {
 /// The file's mappings, of which there is one.
 struct Reverse(std::sync::Weak<Inner>);
 
+impl Reverse {
+    /// Shows the mapping the part of `pages` that it shows, if it is tracked.
+    fn with_tracked(&self, pages: &Range<u64>, body: impl FnOnce(&Inner, Range<u64>)) {
+        let Some(inner) = self.0.upgrade().filter(|inner| inner.uffd.wp_async()) else {
+            return;
+        };
+        let covers = inner.covers();
+        let part = pages.start.max(covers.start)..pages.end.min(covers.end);
+        if !part.is_empty() {
+            body(&inner, part);
+        }
+    }
+}
+
 impl ReverseMap for Reverse {
+    fn tracks(&self, pages: &Range<u64>) -> bool {
+        let mut any = false;
+        self.with_tracked(pages, |_, _| any = true);
+        any
+    }
+
+    fn stores(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
+        self.with_tracked(pages, |inner, part| inner.look(part, found));
+    }
+
+    fn withdraw(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
+        self.with_tracked(pages, |inner, part| {
+            inner.store_late(part.start);
+            inner.map().drop_entries(part.clone()).unwrap();
+            inner.look(part, found);
+        });
+    }
+
     fn unmap(&self, pages: Range<u64>) {
         if let Some(inner) = self.0.upgrade()
             && inner.shared()

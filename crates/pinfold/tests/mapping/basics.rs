@@ -1,6 +1,6 @@
 //! Loads, stores, their way to the file and back.
 
-use pinfold::{Advice, Errno, MapAccess, MapOptions, OpenOptions};
+use pinfold::{Advice, Errno, MapAccess, MapOptions, OpenOptions, Tracking};
 
 use super::rig::{PAGE, Rig, everywhere, load, pattern, store};
 
@@ -154,6 +154,45 @@ fn a_part_can_be_unmapped_and_the_rest_goes_on() {
             assert_eq!(load(other, 5 * PAGE), pattern(8 * PAGE, 9)[5 * PAGE]);
         }
         assert_eq!(load(&map, 30 * PAGE), expected[30 * PAGE]);
+    });
+}
+
+#[test]
+fn first_stores_are_looked_for_where_nobody_need_know_of_them_before() {
+    everywhere(|rig| {
+        let file = rig.file("a", 8 * PAGE, 1);
+        let end = file.len();
+        let options = MapOptions::new()
+            .access(MapAccess::Write)
+            .delivery(rig.delivery);
+        let tracking = |range, options: &MapOptions| file.map(range, options).unwrap().tracking();
+        assert_eq!(tracking(0..end + 1, &options), Tracking::Sync);
+        let sync = options.tracking(Tracking::Sync);
+        assert_eq!(tracking(0..end, &sync), Tracking::Sync);
+        let reads = options.access(MapAccess::Read).tracking(Tracking::Async);
+        assert_eq!(tracking(0..end, &reads), Tracking::Sync);
+        let Ok(map) = file.map(0..end, &options.tracking(Tracking::Async)) else {
+            eprintln!("skipped: this kernel cannot tell of stores");
+            return;
+        };
+        assert_eq!(map.tracking(), Tracking::Async);
+        // The scratch directory's filesystem may not tell holes from data.
+        let seen = tracking(0..end, &options);
+        eprintln!("a file without holes: {seen:?}");
+        let before = rig.volume.statistics();
+        assert_eq!(load(&map, PAGE), pattern(2 * PAGE, 1)[PAGE]);
+        for round in 0..3u8 {
+            store(&map, PAGE, round);
+            map.flush(0..map.len()).unwrap();
+        }
+        let after = rig.volume.statistics();
+        assert_eq!(after.faults.faults_write, before.faults.faults_write);
+        assert_eq!(std::fs::read(rig.dir.path().join("a")).unwrap()[PAGE], 2);
+        store(&map, 2 * PAGE, 7);
+        drop(map);
+        file.sync_all().unwrap();
+        let stored = std::fs::read(rig.dir.path().join("a")).unwrap();
+        assert_eq!(stored[2 * PAGE], 7, "found when the mapping went");
     });
 }
 

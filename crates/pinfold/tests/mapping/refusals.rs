@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pinfold::{Delivery, Errno, File, MapAccess, Mapping, Object, Privilege, Volume};
+use pinfold::{
+    Delivery, Errno, File, MapAccess, MapOptions, Mapping, Object, Privilege, Tracking, Volume,
+};
 use pinfold_store::testing::MemoryObject;
 use pinfold_store::{Geometry, Operation, Seek, StoreError, StoreResult, SyncScope, Transfer};
 
@@ -131,7 +133,12 @@ fn sick(delivery: Delivery) -> Sick {
 
 impl Sick {
     fn map(&self) -> Mapping {
-        self.rig.map(&self.file, MapAccess::Write)
+        // What first stores meet here has to meet them when they come.
+        let options = MapOptions::new()
+            .access(MapAccess::Write)
+            .delivery(self.rig.delivery)
+            .tracking(Tracking::Sync);
+        self.file.map(0..self.file.len(), &options).unwrap()
     }
 
     fn be(&self, mood: u8) {
