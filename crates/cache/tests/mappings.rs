@@ -422,6 +422,7 @@ fn a_fault_that_needs_no_waiting_is_served_at_once() {
 #[test]
 fn t53_every_store_is_found_in_the_store_however_often_it_is_synced() {
     with_program(8, UserMapKind::SharedWrite, |_, file, store, program| {
+        program.serve_more();
         let stop = AtomicBool::new(false);
         clear(program, 8);
         let counts: Vec<u64> = std::thread::scope(|scope| {
@@ -475,6 +476,7 @@ fn no_store_is_lost_when_pages_come_and_go() {
         256,
         UserMapKind::SharedWrite,
         |rig, file, store, program| {
+            program.serve_more();
             let done = AtomicU64::new(0);
             clear(program, 256);
             std::thread::scope(|scope| {

@@ -49,7 +49,8 @@ impl Scene {
         Self {
             program: mapped
                 .then(|| Program::start(&file, 2 * TARGET, kind))
-                .flatten(),
+                .flatten()
+                .inspect(Program::serve_more),
             mapped_uses: AtomicU64::new(0),
             file,
             other: FilePages::new(&rig.cache, other, 400 * PAGE as u64),

@@ -187,6 +187,7 @@ fn a_store_between_the_question_and_the_end_of_the_entry_is_not_lost() {
 #[test]
 fn t53_every_store_is_in_the_store_when_the_sync_after_it_has_ended() {
     with_program(8, |_, file, store, program| {
+        program.serve_more();
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             for thread in 0..2u64 {
@@ -221,6 +222,7 @@ const THREADS: u64 = 3;
 #[test]
 fn no_store_is_lost_when_pages_come_and_go() {
     with_program(MANY, |rig, file, store, program| {
+        program.serve_more();
         let done = AtomicU64::new(0);
         let last: Vec<Vec<u64>> = std::thread::scope(|scope| {
             let storing: Vec<_> = (0..THREADS)

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
 use pinfold_cache::{FilePages, Harvest, MapOutcome, MapTarget, ReverseMap};
@@ -15,12 +15,11 @@ use pinfold_mem::uffd::{Event, Installed, ScanFor, scan, tracks_stores};
 use pinfold_mem::{Delivery, Privilege, RawSpan, Uffd, UserMap, UserMapKind};
 
 const PAGE: usize = 4096;
-const SERVERS: usize = 2;
 
 /// The mapping and what serves it.
 pub struct Program {
     inner: Arc<Inner>,
-    servers: Vec<JoinHandle<()>>,
+    servers: Mutex<Vec<JoinHandle<()>>>,
 }
 
 struct Inner {
@@ -68,13 +67,20 @@ impl Program {
         inner.uffd.register(&map).unwrap();
         assert!(inner.map.set(map).is_ok());
         file.note_dirty_file();
-        let servers = (0..SERVERS)
-            .map(|_| {
-                let inner = Arc::clone(&inner);
-                std::thread::spawn(move || inner.serve())
-            })
-            .collect();
-        Some(Self { inner, servers })
+        let program = Self {
+            inner,
+            servers: Mutex::default(),
+        };
+        program.serve_more();
+        Some(program)
+    }
+
+    /// Adds a thread that serves faults. With one, nothing more comes of a fault once the access has gone on; with several, a
+    /// fault that was reported twice may be served, and its page made storable and dirty, at any time after.
+    pub fn serve_more(&self) {
+        let inner = Arc::clone(&self.inner);
+        let server = std::thread::spawn(move || inner.serve());
+        self.servers.lock().unwrap().push(server);
     }
 
     fn addr(&self, page: u64, at: usize) -> usize {
@@ -142,7 +148,7 @@ impl Drop for Program {
         let file = Arc::clone(&self.inner.file);
         file.harvest(0..u64::MAX, Harvest::Withdraw);
         self.inner.uffd.stop();
-        for server in self.servers.drain(..) {
+        for server in self.servers.get_mut().unwrap().drain(..) {
             let served = server.join();
             assert!(served.is_ok() || std::thread::panicking());
         }
