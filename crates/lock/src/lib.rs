@@ -1,63 +1,34 @@
 //! Glocks: one lock per file whose mode is the right to cache it (SEMANTICS.md section H).
 //!
-//! *Owns*: the modes and which of them go together; the trait [`Duties`] that a demotion calls.
+//! ```text
+//!   Space     one node: its glocks, its threads, its membership     space.rs
+//!     Glock   one file: waiting, duties                             glock.rs
+//!       Machine   transitions, without threads or clock             machine.rs
+//!     Session   who has what between nodes                          service.rs: local, scripted, etcd
+//! ```
 //!
-//! *Does not own*: files, pages. Until a lock service joins several nodes, one process serves a directory and
-//! every file is implicitly held in [`Mode::Exclusive`].
+//! *Owns*: the modes; the queue of holders; when a mode is asked for, kept, and given up; the trait [`Duties`] that a
+//! demotion calls; the trait [`LockService`] and its services.
 //!
-//! *Locking*: class 2.
+//! *Does not own*: files, pages.
+//!
+//! *Locking*: class 2. What is held inside is a leaf, and nothing of it is held while a duty is done or a service is asked.
+//!
+//! A service that is gone is noticed by the node's own clock, before its lease ends: it withdraws, which refuses
+//! every request with EIO and gives nothing away.
 
-/// What a node may do with a file's data while it holds the lock in this mode.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Mode {
-    /// UN: nothing.
-    Unlocked,
-    /// SH: cache clean data and metadata.
-    Shared,
-    /// DF: cache metadata only; data moves by direct I/O.
-    Deferred,
-    /// EX: cache everything, dirty.
-    Exclusive,
-}
+mod clock;
+mod glock;
+mod machine;
+mod mode;
+mod report;
+pub mod service;
+mod space;
 
-impl Mode {
-    /// Tells whether two nodes may hold these modes at once: SH with SH, DF with DF, UN with anything.
-    #[must_use]
-    pub const fn compatible(self, other: Self) -> bool {
-        matches!(
-            (self, other),
-            (Self::Unlocked, _)
-                | (_, Self::Unlocked)
-                | (Self::Shared, Self::Shared)
-                | (Self::Deferred, Self::Deferred)
-        )
-    }
-}
-
-/// What a holder must do before it gives a lock up; implemented by the room that caches.
-pub trait Duties: Send + Sync {
-    /// Writes back what is dirty; after an error the lock is not handed over.
-    ///
-    /// # Errors
-    /// Whatever kept a byte from being stored.
-    fn sync(&self, to: Mode) -> Result<(), pinfold_base::Errno>;
-
-    /// Drops what may not be cached in the new mode.
-    fn invalidate(&self, to: Mode);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::Mode::{self, Deferred, Exclusive, Shared, Unlocked};
-
-    #[test]
-    fn only_equal_sharing_modes_go_together() {
-        let modes = [Unlocked, Shared, Deferred, Exclusive];
-        let pairs: Vec<(Mode, Mode)> = modes
-            .iter()
-            .flat_map(|&a| modes.iter().map(move |&b| (a, b)))
-            .filter(|&(a, b)| a != Unlocked && b != Unlocked && a.compatible(b))
-            .collect();
-        assert_eq!(pairs, [(Shared, Shared), (Deferred, Deferred)]);
-    }
-}
+pub use clock::{Clock, HandClock, Time};
+pub use glock::{Duties, Glock, Guard, Queued, lock_all, wait_all};
+pub use machine::{QUEUE_MAX, Refusal};
+pub use mode::{Flags, Mode, Request};
+pub use report::{Counts, DemoteReport, Doing, HolderReport, Report};
+pub use service::{LockService, Name};
+pub use space::{Options, Space, WORKERS_MAX};
