@@ -299,6 +299,8 @@ struct Call<'a> {
     offset: u64,
     asked: usize,
     how: &'a IoOptions<'a>,
+    /// How bytes go about which nothing is known.
+    usual: Way,
     way: Way,
     /// Bytes brought in at once: what one transfer may pin, so that what is brought in last does not push out the first.
     window: usize,
@@ -319,16 +321,23 @@ impl<'a> Call<'a> {
         how: &'a IoOptions<'a>,
     ) -> Self {
         // An append goes in one piece, and what is pinned may stop half way.
-        let way = if how.append && touches_mappings(cursor) {
+        // A store that touches the memory itself needs memory that is there.
+        let usual = if inode.object().copies() {
             Way::Bounced
         } else {
             Way::Pinned
+        };
+        let way = if how.append && touches_mappings(cursor) {
+            Way::Bounced
+        } else {
+            usual
         };
         Self {
             operation,
             offset,
             asked: cursor.count(),
             how,
+            usual,
             way,
             window: pin_bytes_max(inode),
             granule: inode.object().geometry().block.max(1) as usize,
@@ -351,7 +360,7 @@ impl<'a> Call<'a> {
         round: Progress<Stop>,
         cursor: &mut IovCursor<'_>,
     ) -> Option<Option<Error>> {
-        let way = std::mem::replace(&mut self.way, Way::Pinned);
+        let way = std::mem::replace(&mut self.way, self.usual);
         if round.done > 0 {
             self.fruitless = 0;
         }

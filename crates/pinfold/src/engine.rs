@@ -12,7 +12,7 @@ use pinfold_cache::Cache;
 use pinfold_fault::Faults;
 use pinfold_mem::Privilege;
 use pinfold_mem::forked::Process;
-use pinfold_store::Object;
+use pinfold_store::{Object, TimeLimit};
 
 use crate::pending::Submitted;
 
@@ -25,6 +25,8 @@ pub struct Engine {
     /// Whether RLIMIT_FSIZE of this process binds writers.
     pub(crate) file_size_limit: bool,
     room: Room,
+    /// How long the store may take, where that is limited.
+    pub(crate) time_limit: Option<Arc<TimeLimit>>,
     /// The process it serves; a forked child has its memory and none of its threads.
     pub(crate) process: Process,
     /// Calls that nobody waits for in the calling thread.
@@ -71,10 +73,12 @@ impl Engine {
         cache: Arc<Cache>,
         file_size_limit: bool,
         privileges: RangeInclusive<Privilege>,
+        time_limit: Option<Arc<TimeLimit>>,
     ) -> Arc<Self> {
         Arc::new(Self {
             cache,
             file_size_limit,
+            time_limit,
             process: Process::current(),
             submitted: Arc::default(),
             pinned_pages: AtomicU64::new(0),

@@ -63,6 +63,6 @@ pub use pinfold_mem::{
     AlignedBuf, Delivery, Direction, IoSpan, IovCursor, Privilege, RawSpan, faultin,
 };
 pub use pinfold_store::dir::namespace::DirEntry;
-pub use pinfold_store::{Object, Seek, StoreError, testing};
+pub use pinfold_store::{Object, Seek, StoreError, TimeLimitSnapshot, testing};
 pub use resize::AllocateMode;
 pub use volume::{Capabilities, Statistics, Volume, VolumeBuilder};

@@ -21,9 +21,9 @@ use std::sync::{Arc, OnceLock, Weak};
 use parking_lot::Mutex;
 use pinfold_base::Errno;
 use pinfold_mem::Quiet;
-use pinfold_store::Object;
 use pinfold_store::dir::namespace::{Change, Handle, Stat};
 use pinfold_store::dir::object::DirObject;
+use pinfold_store::{Object, TimedObject};
 
 pub use pinfold_store::dir::namespace::{RenameFlags, SetXattr};
 
@@ -633,6 +633,9 @@ impl Node {
         ));
         if let Some(layer) = &tree.layer {
             stored = layer(stored);
+        }
+        if let Some(limit) = &tree.engine.time_limit {
+            stored = TimedObject::new(stored, limit);
         }
         let backing: Weak<dyn Backing> = Arc::downgrade(vnode) as Weak<dyn Backing>;
         let inode = Inode::new(&tree.engine, stored, stat.size, backing);

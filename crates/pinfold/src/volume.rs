@@ -15,6 +15,7 @@ use pinfold_cache::{Cache, CacheConfig, CacheSnapshot, MEMORY_MIN, PinSite};
 use pinfold_fault::{FaultSnapshot, Faults};
 use pinfold_mem::{Privilege, Quiet, exit, faultin, uring};
 use pinfold_store::dir::namespace::{Namespace, OpenError};
+use pinfold_store::{Operation, StoreError, TimeLimit, TimeLimitSnapshot};
 
 use crate::directory::Directory;
 use crate::engine::Engine;
@@ -57,6 +58,8 @@ pub struct Statistics {
     pub cache: CacheSnapshot,
     /// What happened to faults in mappings.
     pub faults: FaultSnapshot,
+    /// What the limit on the store's answers ended; zeros without a limit.
+    pub store: TimeLimitSnapshot,
     /// Pages that are dirty or being written now.
     pub pages_dirty: u64,
     /// Pages the budget holds at most.
@@ -74,6 +77,8 @@ impl Statistics {
         let mut rows = self.cache.rows();
         rows.extend(self.faults.rows());
         rows.extend([
+            ("store_expired", self.store.expired),
+            ("store_late", self.store.late),
             ("pages_dirty", self.pages_dirty),
             ("pages_max", self.pages_max),
             ("nodes", self.nodes),
@@ -91,6 +96,7 @@ pub struct VolumeBuilder {
     file_size_limit: bool,
     privileges: RangeInclusive<Privilege>,
     layer: Option<ObjectLayer>,
+    store_timeout: Option<Duration>,
 }
 
 impl fmt::Debug for VolumeBuilder {
@@ -175,10 +181,25 @@ impl VolumeBuilder {
         self
     }
 
+    /// Sets how long the store may take to answer; there is no limit unless set, as in the kernel.
+    ///
+    /// Whatever waits for it longer ends with `EIO`: a call; a sync, once per open file; an access through a mapping with
+    /// SIGBUS; background write-back as after any error of the store. Closing the volume does not wait longer either, for
+    /// each of the 16 operations at most after which a store is taken for gone. [`Statistics::store`] counts them. What was
+    /// given up may still be stored later, but never over something newer.
+    ///
+    /// With a limit every byte is copied once more, so that a late device never touches memory that is used again, and
+    /// transfers under way come on top of the budget. Opening, looking up and changing names is not limited.
+    #[must_use]
+    pub fn store_timeout(mut self, limit: Duration) -> Self {
+        self.store_timeout = Some(limit);
+        self
+    }
+
     /// Opens a directory.
     ///
     /// # Errors
-    /// `EINVAL` for a budget below [`MEMORY_MIN`], `EBUSY` when another engine serves the directory, what opening it
+    /// `EINVAL` for a budget below [`MEMORY_MIN`] and for a time limit of zero, `EBUSY` when another engine serves the directory, what opening it
     /// says, `ENOMEM` when the budget's address space is refused.
     pub fn open_dir(self, path: impl AsRef<Path>) -> Result<Volume> {
         const OPERATION: &str = "serve directory";
@@ -190,6 +211,11 @@ impl VolumeBuilder {
                     "a budget of {} bytes is below the least of {MEMORY_MIN}",
                     self.config.memory
                 )));
+        }
+        if self.store_timeout == Some(Duration::ZERO) {
+            return Err(Error::invalid(OPERATION, Errno::EINVAL)
+                .at_path(path)
+                .caused_by("no store answers within no time"));
         }
         let namespace = Namespace::open(path).map_err(|error| {
             let kind = match &error {
@@ -210,7 +236,8 @@ impl VolumeBuilder {
         let flusher = cache.start_flusher().map_err(|error| {
             Error::invalid("start write-back for", Errno::from(&error)).at_path(path)
         })?;
-        let engine = Engine::new(cache, self.file_size_limit, self.privileges);
+        let limit = self.store_timeout.map(TimeLimit::new);
+        let engine = Engine::new(cache, self.file_size_limit, self.privileges, limit);
         let faults = engine.faults();
         let tree = Tree::new(namespace, Arc::clone(&engine), rings, self.layer);
         let shared = Arc::new(Shared {
@@ -242,6 +269,7 @@ impl Volume {
             file_size_limit: true,
             privileges: Privilege::ANY,
             layer: None,
+            store_timeout: None,
         }
     }
 
@@ -264,6 +292,12 @@ impl Volume {
         Statistics {
             cache: cache.statistics(),
             faults: self.0.faults.statistics(),
+            store: self
+                .0
+                .engine
+                .time_limit
+                .as_ref()
+                .map_or_else(TimeLimitSnapshot::default, |limit| limit.statistics()),
             pages_dirty: cache.dirty_pages() as u64,
             pages_max: cache.pages_max() as u64,
             nodes: self.0.tree.len() as u64,
@@ -298,9 +332,6 @@ impl Volume {
         let _quiet = Quiet::enter();
         let written = self.0.engine.cache.write_back_all();
         self.0
-            .tree
-            .namespace()
-            .root()
             .sync_filesystem()
             .map_err(|errno| Error::name("sync", errno).at_path(self.path()))?;
         written.map_err(|error| Error::store("write back", error).at_path(self.path()))
@@ -523,6 +554,26 @@ fn normal(path: &Path) -> Result<PathBuf> {
         }
     }
     Ok(plain)
+}
+
+impl Shared {
+    /// Makes the directory's filesystem durable, or gives it up when it takes too long.
+    fn sync_filesystem(&self) -> std::result::Result<(), Errno> {
+        let Some(limit) = &self.engine.time_limit else {
+            return self.tree.namespace().root().sync_filesystem();
+        };
+        let root = Arc::clone(self.tree.namespace().root());
+        let synced = limit.run(Operation::Sync, move || {
+            let synced = root.sync_filesystem();
+            synced.map_err(|errno| StoreError {
+                operation: Operation::Sync,
+                offset: 0,
+                len: 0,
+                errno,
+            })
+        });
+        synced.map_err(|error| error.errno)
+    }
 }
 
 impl Drop for Shared {

@@ -17,3 +17,5 @@ mod rig;
 mod scripts;
 #[path = "races/storm.rs"]
 mod storm;
+#[path = "races/timeouts.rs"]
+mod timeouts;

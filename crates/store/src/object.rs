@@ -139,6 +139,12 @@ pub trait Object: Send + Sync + fmt::Debug {
         true
     }
 
+    /// Tells whether this process itself copies from and to the memory of transfers, which then has to be accessible;
+    /// otherwise only the kernel touches it, and copes with memory that is not.
+    fn copies(&self) -> bool {
+        false
+    }
+
     /// Starts reads. Does not wait for them.
     fn read(&self, batch: Vec<Transfer>);
 

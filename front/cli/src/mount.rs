@@ -38,6 +38,10 @@ pub(crate) struct Arguments {
     #[arg(long)]
     stats: bool,
 
+    /// Give up what the store in DIR has not answered after so long, such as 30 or 1.5, with EIO [default: wait as long as it takes]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_seconds)]
+    store_timeout: Option<Duration>,
+
     /// Threads that serve requests [default: two for each processor, 4 to 16]
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     threads: Option<NonZeroUsize>,
@@ -69,6 +73,16 @@ fn parse_threads(text: &str) -> Result<NonZeroUsize, String> {
         .ok_or_else(|| format!("a number from 1 to {max} is needed"))
 }
 
+/// Reads a number of seconds; a day at most is what is taken for a limit.
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    const SECONDS_MAX: f64 = 86_400.0;
+    let seconds = text.parse::<f64>().ok();
+    seconds
+        .filter(|seconds| (0.001..=SECONDS_MAX).contains(seconds))
+        .map(Duration::from_secs_f64)
+        .ok_or_else(|| format!("a number of seconds from 0.001 to {SECONDS_MAX} is needed"))
+}
+
 /// What the main thread waits for.
 enum Event {
     Signal(Arrived),
@@ -81,10 +95,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let memory = size::budget(arguments.memory)?;
     let place = place::prepare(&arguments.dir, &arguments.mountpoint, arguments.mkdir)?;
     let limit = raise_descriptor_limit();
-    let volume = Volume::builder()
-        .memory(memory)
-        .file_size_limit(false)
-        .open_dir(&place.dir)?;
+    let mut volume = Volume::builder().memory(memory).file_size_limit(false);
+    if let Some(limit) = arguments.store_timeout {
+        volume = volume.store_timeout(limit);
+    }
+    let volume = volume.open_dir(&place.dir)?;
     let (tell, events) = channel();
     // Before the mount: a signal from now on must not leave one behind.
     signals::watch(&tell)?;
@@ -220,4 +235,18 @@ fn report(volume: &Volume) -> String {
     rows.iter()
         .map(|(name, value)| format!("{name:>18} {value}\n"))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_limit_is_a_number_of_seconds_and_not_zero() {
+        assert_eq!(parse_seconds("30"), Ok(Duration::from_secs(30)));
+        assert_eq!(parse_seconds("1.5"), Ok(Duration::from_millis(1500)));
+        for refused in ["0", "-1", "1e9", "NaN", "soon", ""] {
+            assert!(parse_seconds(refused).is_err(), "{refused}");
+        }
+    }
 }
