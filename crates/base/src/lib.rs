@@ -12,6 +12,7 @@ pub mod counters;
 pub mod errno;
 pub mod progress;
 pub mod rank;
+pub mod roomy;
 pub mod sync;
 pub mod units;
 

@@ -138,6 +138,23 @@ pub struct Census {
     pub lent: usize,
 }
 
+/// A file that the flusher knows.
+#[derive(Debug)]
+pub(crate) struct Listed {
+    pub(crate) file: Arc<FilePages>,
+    /// Calls of it that rely on its staying listed.
+    pub(crate) visits: usize,
+}
+
+impl Listed {
+    pub(crate) fn of(file: &Arc<FilePages>) -> Self {
+        Self {
+            file: Arc::clone(file),
+            visits: 0,
+        }
+    }
+}
+
 /// A volume's page cache.
 pub struct Cache {
     pub(crate) arena: Arc<Arena>,
@@ -154,7 +171,8 @@ pub struct Cache {
     pub(crate) writing_pages: AtomicUsize,
     /// Pages promised to leases.
     pub(crate) lent_pages: AtomicUsize,
-    pub(crate) dirty_files: Mutex<HashMap<u64, Arc<FilePages>>>,
+    /// Waited for in signal handlers: nobody allocates under it.
+    pub(crate) dirty_files: Mutex<HashMap<u64, Listed>>,
     pub(crate) flusher: Flusher,
     /// Bumped when a frame or a dirty slot may have become free.
     pub(crate) progress: Mutex<u64>,

@@ -6,15 +6,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
-use pinfold_base::sync::Mutex;
+use pinfold_base::roomy::{self, Roomy};
+use pinfold_base::sync::{Mutex, MutexGuard};
 use pinfold_base::{PAGE_SIZE, Progress};
-use pinfold_mem::{Frame, Homes, Segments, Window};
+use pinfold_mem::{Frame, Homes, Segments, Window, clock};
 use pinfold_store::{Object, StoreError, Transfer};
 use smallvec::SmallVec;
 
 use crate::CacheError;
 use crate::cache::Cache;
-use crate::dirty::PageSet;
+use crate::dirty::{Note, PageSets};
 use crate::errseq::ErrSeq;
 use crate::folio::{Folio, Going};
 use crate::gate::{AddGuard, Gate};
@@ -31,6 +32,8 @@ const TRANSFER_PAGES_MAX: u64 = 128;
 const SYNC_PAGES_MAX: u64 = 128;
 /// The largest read-ahead window, in pages.
 const WINDOW_PAGES_MAX: u64 = 1024;
+/// Groups of pages that room is kept for when a file has become clean: those of a gigabyte of neighbouring pages.
+const SPARE_MAX: usize = 4096;
 /// Ranges up to this many pages are probed page by page rather than by a walk over all frames.
 const PROBE_PAGES_MIN: u64 = 1024;
 
@@ -38,9 +41,6 @@ const PROBE_PAGES_MIN: u64 = 1024;
 pub trait Owner: Send + Sync {
     /// Called with nothing held.
     fn wrote_back(&self);
-
-    /// Stores through mappings were found that nobody had been told of. Called with folios locked: only notes it.
-    fn found_stores(&self) {}
 }
 
 /// How a caller wants a page.
@@ -56,11 +56,9 @@ pub struct Want<'a> {
 
 #[derive(Debug, Default)]
 pub(crate) struct DirtyState {
-    pub(crate) dirty: PageSet,
-    pub(crate) writing: PageSet,
-    /// Pages in mappings that may be stored to without notice, whose state says so as well ([`UMAP_ASYNC`](crate::state::UMAP_ASYNC)). Changed
-    /// under the page's lock.
-    pub(crate) tracked: PageSet,
+    /// Pages noted as tracked are in mappings where they may be stored to without notice; their state says so as well
+    /// ([`UMAP_ASYNC`](crate::state::UMAP_ASYNC)). Changed under the page's lock.
+    pub(crate) pages: PageSets,
     /// When the oldest dirty page became so, as far as known.
     pub(crate) since: Option<Instant>,
     /// Where the next opportunistic visit begins, so that pages dirtied again and again do not keep others waiting.
@@ -83,7 +81,10 @@ pub struct FilePages {
     /// One more than the highest page ever cached.
     high: AtomicU64,
     gate: Gate,
-    pub(crate) dirty: Mutex<DirtyState>,
+    /// Waited for in signal handlers: nobody allocates under it.
+    dirty: Mutex<DirtyState>,
+    /// When stores were found that nobody had been told of, until the owner asks; 0: none.
+    stored_to_ns: AtomicU64,
     errors: ErrSeq,
     owner: OnceLock<Weak<dyn Owner>>,
     /// Pins that last as long as the program likes.
@@ -134,6 +135,7 @@ impl FilePages {
             high: AtomicU64::new(0),
             gate: Gate::default(),
             dirty: Mutex::new(DirtyState::default()),
+            stored_to_ns: AtomicU64::new(0),
             errors: ErrSeq::default(),
             owner: OnceLock::new(),
             pins_kept: AtomicUsize::new(0),
@@ -146,10 +148,18 @@ impl FilePages {
         let _ = self.owner.set(owner);
     }
 
-    pub(crate) fn tell_owner_of_stores(&self) {
-        if let Some(owner) = self.owner.get().and_then(Weak::upgrade) {
-            owner.found_stores();
+    /// Notes that stores were found. The owner is not told, but asks: here it may be a signal handler that holds the
+    /// last reference to it.
+    pub(crate) fn note_found_stores(&self) {
+        self.stored_to_ns.store(clock::now_ns(), Ordering::Release);
+    }
+
+    /// Returns when stores through mappings were found last that nobody had been told of, as nanoseconds since 1970; once.
+    pub fn take_found_stores(&self) -> Option<u64> {
+        if self.stored_to_ns.load(Ordering::Relaxed) == 0 {
+            return None;
         }
+        Some(self.stored_to_ns.swap(0, Ordering::AcqRel)).filter(|&at| at != 0)
     }
 
     pub(crate) fn tell_owner(&self) {
@@ -217,7 +227,8 @@ impl FilePages {
     #[must_use]
     pub fn is_dirty(&self) -> bool {
         let state = self.dirty.lock();
-        !(state.dirty.is_empty() && state.writing.is_empty() && state.tracked.is_empty())
+        let noted = |note| !state.pages.is_empty(note);
+        noted(Note::Dirty) || noted(Note::Writing) || noted(Note::Tracked)
     }
 
     /// Returns the first page at or after `page` with data that the store may not know of: dirty, or mapped where stores
@@ -225,7 +236,7 @@ impl FilePages {
     #[must_use]
     pub fn next_dirty(&self, page: u64) -> Option<u64> {
         let known = self.next_known_dirty(page);
-        let tracked = self.dirty.lock().tracked.next_from(page);
+        let tracked = self.dirty.lock().pages.next_from(Note::Tracked, page);
         known.into_iter().chain(tracked).min()
     }
 
@@ -233,8 +244,47 @@ impl FilePages {
     #[must_use]
     pub fn next_known_dirty(&self, page: u64) -> Option<u64> {
         let state = self.dirty.lock();
-        let (dirty, writing) = (state.dirty.next_from(page), state.writing.next_from(page));
-        dirty.into_iter().chain(writing).min()
+        let next = |note| state.pages.next_from(note, page);
+        next(Note::Dirty)
+            .into_iter()
+            .chain(next(Note::Writing))
+            .min()
+    }
+
+    /// Tells whether a page is known to be dirty, or is being stored.
+    #[must_use]
+    pub fn is_known_dirty(&self, page: u64) -> bool {
+        let state = self.dirty.lock();
+        state.pages.contains(Note::Dirty, page) || state.pages.contains(Note::Writing, page)
+    }
+
+    /// Takes the lock around what is dirty, for changes that need no room and free none.
+    pub(crate) fn dirty(&self) -> MutexGuard<'_, DirtyState> {
+        self.dirty.lock()
+    }
+
+    /// As [`FilePages::dirty`], with room to note one page more.
+    pub(crate) fn dirty_roomy(&self) -> MutexGuard<'_, DirtyState> {
+        roomy::lock_with(&self.dirty, |state| &mut state.pages)
+    }
+
+    /// Lists pages of `range` that are noted as that, lowest first, at most `limit`.
+    pub(crate) fn noted(&self, note: Note, range: Range<u64>, limit: usize) -> Vec<u64> {
+        let count = |state: &DirtyState| state.pages.len(note);
+        roomy::list(&self.dirty, limit, count, |state, add| {
+            state.pages.each_in(note, range.clone(), add);
+        })
+    }
+
+    /// Gives back what was only needed while much was dirty. Called where the file has become clean.
+    pub(crate) fn trim_dirty(&self) {
+        let mut state = self.dirty.lock();
+        if state.pages.entries() > 0 || state.pages.spare() <= SPARE_MAX {
+            return;
+        }
+        let spare = std::mem::take(&mut state.pages);
+        drop(state);
+        drop(spare);
     }
 
     pub(crate) fn key(&self, page: u64) -> Key {
@@ -364,7 +414,7 @@ impl FilePages {
         ahead: Option<&ReadAhead>,
         held: Option<&AddGuard<'_>>,
     ) -> Option<Folio<'_>> {
-        if ahead.is_some_and(|ahead| ahead.follows(page)) || !self.cache.policy.has_room() {
+        if ahead.is_some_and(|ahead| ahead.follows(page)) {
             return None;
         }
         let gate = match held {
@@ -673,8 +723,17 @@ impl FilePages {
         if self.cache.header(frame).state.load() & DIRTY != 0 {
             return;
         }
+        // One that is tracked has its room: then this allocates nothing, as a signal handler must not.
         let mut state = self.dirty.lock();
-        let new = state.dirty.insert(page);
+        let noted = state.pages.try_insert(Note::Dirty, page);
+        let new = match noted {
+            Some(new) => new,
+            None => {
+                drop(state);
+                state = self.dirty_roomy();
+                state.pages.insert(Note::Dirty, page)
+            }
+        };
         self.note_dirtied(&mut state, new);
     }
 
@@ -689,9 +748,9 @@ impl FilePages {
     pub(crate) fn forget_dirty(&self, page: u64) {
         let removed = {
             let mut state = self.dirty.lock();
-            let removed = state.dirty.remove(page);
-            state.tracked.remove(page);
-            if state.dirty.is_empty() {
+            let removed = state.pages.remove(Note::Dirty, page);
+            state.pages.remove(Note::Tracked, page);
+            if state.pages.is_empty(Note::Dirty) {
                 state.since = None;
             }
             removed

@@ -6,8 +6,7 @@
 //!
 //! *Does not own*: why a page moves, room for it.
 //!
-//! *Locking*: the folio's lock throughout; index shard, policy and free list are leaves. Nothing is allocated as long as
-//! the policy has room ([`crate::policy::Policy::has_room`]).
+//! *Locking*: the folio's lock throughout; index shard, policy and free list are leaves. Nothing is allocated.
 
 use pinfold_mem::Frame;
 

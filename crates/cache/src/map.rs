@@ -21,6 +21,7 @@ use pinfold_mem::{Access, RawSpan, Window};
 use smallvec::SmallVec;
 
 use crate::CacheError;
+use crate::dirty::Note;
 use crate::file::{Attempt, FilePages, Want};
 use crate::folio::Folio;
 use crate::gate::AddGuard;
@@ -32,8 +33,7 @@ use crate::state::{DIRTY, LOCKED, UMAP_ASYNC, UMAP_RO, UMAP_RW};
 
 /// Pages installed in one run at most, and around a fault on either side of it.
 pub const AROUND_MAX: usize = 64;
-/// Neighbours that move along with a fault served in a signal handler: the policy has room for so many of each handler
-/// that may run at once.
+/// Neighbours that move along with a fault served in a signal handler, which the program's other signals wait for.
 const SIGNAL_MOVES_MAX: usize = 16;
 
 /// One user mapping, while the cache serves a fault in it; implemented by `pinfold-fault`.
@@ -375,7 +375,7 @@ impl FilePages {
         };
         let mut slot = None;
         if !folio.in_window() {
-            if !target.shared() || !self.cache().policy.has_room() {
+            if !target.shared() {
                 return None;
             }
             slot = Some(
@@ -490,8 +490,8 @@ impl FilePages {
     /// be dirty then without need.
     fn try_note_dirty(self: &Arc<Self>, folio: &Folio<'_>) -> bool {
         if !folio.is_dirty() {
-            let mut state = self.dirty.lock();
-            let Some(new) = state.dirty.try_insert(folio.page()) else {
+            let mut state = self.dirty();
+            let Some(new) = state.pages.try_insert(Note::Dirty, folio.page()) else {
                 return false;
             };
             self.note_dirtied(&mut state, new);
@@ -536,9 +536,6 @@ impl FilePages {
             if !self.track(page, service) {
                 return Ok(Tried::Stuck);
             }
-            if !service.signal {
-                self.dirty.lock().dirty.prepare(page);
-            }
             let moving = match Moving::begin(folio, slot) {
                 Ok(moving) => moving,
                 Err(_stuck) => {
@@ -568,11 +565,12 @@ impl FilePages {
         if !service.tracked() {
             return true;
         }
-        let mut state = self.dirty.lock();
-        if !service.signal {
-            state.tracked.prepare(page);
-        }
-        state.tracked.try_insert(page).is_some()
+        let mut state = if service.signal {
+            self.dirty()
+        } else {
+            self.dirty_roomy()
+        };
+        state.pages.try_insert(Note::Tracked, page).is_some()
     }
 
     /// Installs a page that is on its way to the window, in the same step, with the neighbours after it that are as well.

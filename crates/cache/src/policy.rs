@@ -4,10 +4,17 @@
 //! main queue, the rest leaves and is remembered as a ghost; a page that comes back while its ghost is remembered
 //! enters the main queue at once. So a scan passes through the small queue alone. A hit costs one relaxed store.
 //! docs/decisions/0004 has the reasons and the hit ratios beside other policies.
+//!
+//! *Owns*: the queues, which are links between places, one a frame: nothing is allocated after the policy was made, and
+//! once more when windows open. A fault served in a signal handler waits for the queues' lock, so nobody may enter the
+//! program's allocator while he has it: the interrupted thread may hold that one's.
+//!
+//! *Does not own*: the pages, whether one may go.
+//!
+//! *Locking*: one leaf around the queues; heat is outside of it.
 
-use std::collections::VecDeque;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use pinfold_base::sync::Mutex;
 use pinfold_mem::Frame;
@@ -15,8 +22,6 @@ use pinfold_mem::Frame;
 const HEAT_MAX: u8 = 3;
 /// Uses after the first that let a page pass from the small queue to the main one.
 const PROMOTE_HEAT: u8 = 1;
-/// Entries there is room for when a signal handler may add one: more than add one at once.
-const ROOM_MIN: usize = 2048;
 /// The small queue's share of the frames.
 const SMALL_SHARE: usize = 10;
 
@@ -29,35 +34,140 @@ pub enum Verdict {
     Keep,
 }
 
-#[derive(Debug, Default)]
-struct FrameUse {
-    heat: AtomicU8,
-    /// Bumped when the frame is freed, so that entries of its earlier life are told apart.
-    life: AtomicU32,
+/// No frame: frame numbers stay below.
+const NONE: u32 = u32::MAX;
+
+/// A frame's place in line.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    before: u32,
+    after: u32,
+    /// The key's hash, to leave a ghost.
+    hash: u64,
+    line: Option<Line>,
+}
+
+const NOWHERE: Place = Place {
+    before: NONE,
+    after: NONE,
+    hash: 0,
+    line: None,
+};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Line {
+    Small,
+    Main,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Entry {
-    frame: u32,
-    life: u32,
-    /// The key's hash, to leave a ghost.
-    hash: u64,
+struct Ends {
+    first: u32,
+    last: u32,
+    len: usize,
 }
 
 #[derive(Debug)]
 struct Queues {
-    small: VecDeque<Entry>,
-    main: VecDeque<Entry>,
+    places: Vec<Place>,
+    small: Ends,
+    main: Ends,
     /// Tags of pages that left the small queue, overwritten by chance of their hash.
     ghosts: Vec<u32>,
+}
+
+impl Queues {
+    fn ends(&mut self, line: Line) -> &mut Ends {
+        match line {
+            Line::Small => &mut self.small,
+            Line::Main => &mut self.main,
+        }
+    }
+
+    fn place(&mut self, frame: u32) -> &mut Place {
+        &mut self.places[frame as usize]
+    }
+
+    /// Puts a frame at the end of a line; it leaves the one it is in.
+    fn push(&mut self, line: Line, frame: u32, hash: u64) {
+        self.unlink(frame);
+        let last = self.ends(line).last;
+        *self.place(frame) = Place {
+            before: last,
+            after: NONE,
+            hash,
+            line: Some(line),
+        };
+        if last != NONE {
+            self.place(last).after = frame;
+        }
+        let ends = self.ends(line);
+        ends.last = frame;
+        if ends.first == NONE {
+            ends.first = frame;
+        }
+        ends.len += 1;
+    }
+
+    /// Takes a frame out of whatever line it is in.
+    fn unlink(&mut self, frame: u32) {
+        let place = std::mem::replace(self.place(frame), NOWHERE);
+        let Some(line) = place.line else {
+            return;
+        };
+        if place.before != NONE {
+            self.place(place.before).after = place.after;
+        }
+        if place.after != NONE {
+            self.place(place.after).before = place.before;
+        }
+        let ends = self.ends(line);
+        if ends.first == frame {
+            ends.first = place.after;
+        }
+        if ends.last == frame {
+            ends.last = place.before;
+        }
+        ends.len -= 1;
+    }
+
+    /// Takes the first of a line out; returns its hash as well.
+    fn pop(&mut self, line: Line) -> Option<(u32, u64)> {
+        let first = self.ends(line).first;
+        if first == NONE {
+            return None;
+        }
+        let hash = self.place(first).hash;
+        self.unlink(first);
+        Some((first, hash))
+    }
+
+    fn leave_ghost(&mut self, hash: u64) {
+        let at = self.ghost_slot(hash);
+        self.ghosts[at] = ghost_tag(hash);
+    }
+
+    /// Tells whether a page left the small queue lately, and forgets that it did.
+    fn take_ghost(&mut self, hash: u64) -> bool {
+        let at = self.ghost_slot(hash);
+        let found = self.ghosts[at] == ghost_tag(hash);
+        if found {
+            self.ghosts[at] = 0;
+        }
+        found
+    }
+
+    fn ghost_slot(&self, hash: u64) -> usize {
+        hash as usize & (self.ghosts.len() - 1)
+    }
 }
 
 /// The queues and what each frame's uses were.
 #[derive(Debug)]
 pub struct Policy {
-    uses: Box<[FrameUse]>,
+    heat: Box<[AtomicU8]>,
     /// Of the window slots, which are numbered after the frames.
-    slot_uses: OnceLock<Box<[FrameUse]>>,
+    slot_heat: OnceLock<Box<[AtomicU8]>>,
     queues: Mutex<Queues>,
     small_target: usize,
 }
@@ -66,12 +176,18 @@ impl Policy {
     /// Makes a policy for at most `frames` pages.
     #[must_use]
     pub fn new(frames: usize) -> Self {
+        const EMPTY: Ends = Ends {
+            first: NONE,
+            last: NONE,
+            len: 0,
+        };
         Self {
-            uses: (0..frames).map(|_| FrameUse::default()).collect(),
-            slot_uses: OnceLock::new(),
+            heat: cold(frames),
+            slot_heat: OnceLock::new(),
             queues: Mutex::new(Queues {
-                small: VecDeque::new(),
-                main: VecDeque::new(),
+                places: vec![NOWHERE; frames],
+                small: EMPTY,
+                main: EMPTY,
                 ghosts: vec![0; frames.max(1).next_power_of_two()],
             }),
             small_target: (frames / SMALL_SHARE).max(1),
@@ -80,29 +196,36 @@ impl Policy {
 
     /// Makes room for as many window slots as there are frames.
     pub fn open_slots(&self) {
-        let make = || self.uses.iter().map(|_| FrameUse::default()).collect();
-        self.slot_uses.get_or_init(make);
-        keep_room(&mut self.queues.lock());
+        self.slot_heat.get_or_init(|| {
+            let frames = self.heat.len();
+            // Made outside of the lock, and the old ones go outside of it as well.
+            let mut places = vec![NOWHERE; 2 * frames];
+            let mut queues = self.queues.lock();
+            places[..frames].copy_from_slice(&queues.places);
+            std::mem::swap(&mut queues.places, &mut places);
+            drop(queues);
+            cold(frames)
+        });
     }
 
     #[inline]
-    fn uses(&self, frame: u32) -> &FrameUse {
-        match self.uses.get(frame as usize) {
-            Some(uses) => uses,
-            None => self.uses_of_slot(frame as usize - self.uses.len()),
+    fn heat(&self, frame: u32) -> &AtomicU8 {
+        match self.heat.get(frame as usize) {
+            Some(heat) => heat,
+            None => self.heat_of_slot(frame as usize - self.heat.len()),
         }
     }
 
     #[cold]
-    fn uses_of_slot(&self, slot: usize) -> &FrameUse {
-        let slots = self.slot_uses.get();
+    fn heat_of_slot(&self, slot: usize) -> &AtomicU8 {
+        let slots = self.slot_heat.get();
         &slots.expect("slots are handed out after `open_slots`")[slot]
     }
 
     /// Notes a use of a cached page.
     #[inline]
     pub fn touch(&self, frame: Frame) {
-        let heat = &self.uses(frame.0).heat;
+        let heat = self.heat(frame.0);
         let now = heat.load(Ordering::Relaxed);
         if now < HEAT_MAX {
             // Racing uses may count once: only "again or not" matters.
@@ -110,63 +233,35 @@ impl Policy {
         }
     }
 
-    /// Notes that a page came into `frame`.
+    /// Notes that a page came into `frame`. Allocates nothing, nor does anything else here from now on.
     pub fn admit(&self, frame: Frame, hash: u64) {
-        let uses = self.uses(frame.0);
-        uses.heat.store(0, Ordering::Relaxed);
-        let entry = Entry {
-            frame: frame.0,
-            life: uses.life.load(Ordering::Relaxed),
-            hash,
-        };
+        self.heat(frame.0).store(0, Ordering::Relaxed);
         let mut queues = self.queues.lock();
-        let ghost = ghost_slot(&queues, hash);
-        if queues.ghosts[ghost] == ghost_tag(hash) {
-            queues.ghosts[ghost] = 0;
-            queues.main.push_back(entry);
+        let line = if queues.take_ghost(hash) {
+            Line::Main
         } else {
-            queues.small.push_back(entry);
-        }
-        if queues.small.len() + queues.main.len() > 2 * self.uses.len() + 64 {
-            self.sweep(&mut queues);
-        }
-        if self.slot_uses.get().is_some() {
-            keep_room(&mut queues);
-        }
-    }
-
-    /// Tells whether [`Policy::rehome`] would allocate nothing, for as many callers at once as there may be.
-    pub fn has_room(&self) -> bool {
-        let queues = self.queues.lock();
-        let fits = |queue: &VecDeque<Entry>| queue.capacity() - queue.len() >= ROOM_MIN;
-        fits(&queues.small) && fits(&queues.main)
+            Line::Small
+        };
+        queues.push(line, frame.0, hash);
     }
 
     /// Notes that a page has moved from one frame to another: what is known of its use goes with it.
     pub fn rehome(&self, from: Frame, to: Frame, hash: u64) {
-        let heat = self.uses(from.0).heat.load(Ordering::Relaxed);
-        self.forget(from);
-        let uses = self.uses(to.0);
-        uses.heat.store(heat, Ordering::Relaxed);
-        let entry = Entry {
-            frame: to.0,
-            life: uses.life.load(Ordering::Relaxed),
-            hash,
-        };
+        let heat = self.heat(from.0).load(Ordering::Relaxed);
+        self.heat(to.0).store(heat, Ordering::Relaxed);
         let mut queues = self.queues.lock();
-        if heat >= PROMOTE_HEAT {
-            queues.main.push_back(entry);
+        queues.unlink(from.0);
+        let line = if heat >= PROMOTE_HEAT {
+            Line::Main
         } else {
-            queues.small.push_back(entry);
-        }
-        if queues.small.len() + queues.main.len() > 2 * self.uses.len() + 64 {
-            self.sweep(&mut queues);
-        }
+            Line::Small
+        };
+        queues.push(line, to.0, hash);
     }
 
-    /// Notes that a frame was freed, by eviction or otherwise: entries of this life count no more.
+    /// Notes that a frame was freed, by eviction or otherwise.
     pub fn forget(&self, frame: Frame) {
-        self.uses(frame.0).life.fetch_add(1, Ordering::Relaxed);
+        self.queues.lock().unlink(frame.0);
     }
 
     /// Proposes pages to `evict` until `want` of them went or everything was asked once; returns how many went.
@@ -175,69 +270,41 @@ impl Policy {
     pub fn evict(&self, want: usize, mut evict: impl FnMut(Frame) -> Verdict) -> usize {
         let mut queues = self.queues.lock();
         let mut gone = 0;
-        // Each pass over an entry lowers its heat, so a few rounds reach the coldest.
-        let mut asks_left = (queues.small.len() + queues.main.len()) * (usize::from(HEAT_MAX) + 1);
+        // Each pass over a page lowers its heat, so a few rounds reach the coldest.
+        let mut asks_left = (queues.small.len + queues.main.len) * (usize::from(HEAT_MAX) + 1);
         while gone < want && asks_left > 0 {
             asks_left -= 1;
-            let from_small = queues.small.len() >= self.small_target || queues.main.is_empty();
-            let popped = if from_small {
-                queues.small.pop_front()
-            } else {
-                queues.main.pop_front()
-            };
-            let Some(entry) = popped else {
+            let from_small = queues.small.len >= self.small_target || queues.main.len == 0;
+            let line = if from_small { Line::Small } else { Line::Main };
+            let Some((frame, hash)) = queues.pop(line) else {
                 break;
             };
-            let uses = self.uses(entry.frame);
-            if uses.life.load(Ordering::Relaxed) != entry.life {
-                continue;
-            }
-            let heat = uses.heat.load(Ordering::Relaxed);
+            let heat = self.heat(frame).load(Ordering::Relaxed);
             if from_small && heat >= PROMOTE_HEAT {
-                uses.heat.store(0, Ordering::Relaxed);
-                queues.main.push_back(entry);
+                self.heat(frame).store(0, Ordering::Relaxed);
+                queues.push(Line::Main, frame, hash);
             } else if !from_small && heat > 0 {
-                uses.heat.store(heat - 1, Ordering::Relaxed);
-                queues.main.push_back(entry);
+                self.heat(frame).store(heat - 1, Ordering::Relaxed);
+                queues.push(Line::Main, frame, hash);
             } else {
-                match evict(Frame(entry.frame)) {
+                match evict(Frame(frame)) {
                     Verdict::Evicted => {
                         gone += 1;
-                        uses.life.fetch_add(1, Ordering::Relaxed);
                         if from_small {
-                            let ghost = ghost_slot(&queues, entry.hash);
-                            queues.ghosts[ghost] = ghost_tag(entry.hash);
+                            queues.leave_ghost(hash);
                         }
                     }
                     // It keeps its place in line, behind the others.
-                    Verdict::Keep if from_small => queues.small.push_back(entry),
-                    Verdict::Keep => queues.main.push_back(entry),
+                    Verdict::Keep => queues.push(line, frame, hash),
                 }
             }
         }
         gone
     }
-
-    /// Drops entries whose frame has been freed since.
-    fn sweep(&self, queues: &mut Queues) {
-        let lives =
-            |entry: &Entry| self.uses(entry.frame).life.load(Ordering::Relaxed) == entry.life;
-        queues.small.retain(lives);
-        queues.main.retain(lives);
-    }
 }
 
-/// Sees to it that signal handlers find room for a while.
-fn keep_room(queues: &mut Queues) {
-    for queue in [&mut queues.small, &mut queues.main] {
-        if queue.capacity() - queue.len() <= ROOM_MIN {
-            queue.reserve(4 * ROOM_MIN);
-        }
-    }
-}
-
-fn ghost_slot(queues: &Queues, hash: u64) -> usize {
-    hash as usize & (queues.ghosts.len() - 1)
+fn cold(frames: usize) -> Box<[AtomicU8]> {
+    (0..frames).map(|_| AtomicU8::new(0)).collect()
 }
 
 fn ghost_tag(hash: u64) -> u32 {
@@ -366,14 +433,48 @@ mod tests {
     }
 
     #[test]
-    fn entries_of_a_freed_frame_do_not_pile_up() {
+    fn a_frame_is_in_one_line_at_a_time_and_lines_hold_together() {
         let policy = Policy::new(8);
-        for i in 0..100_000u64 {
-            policy.admit(Frame((i % 8) as u32), i);
-            policy.forget(Frame((i % 8) as u32));
+        policy.open_slots();
+        let mut rng = SmallRng::seed_from_u64(3);
+        let mut there = std::collections::HashSet::new();
+        for step in 0..100_000u64 {
+            let frame = rng.random_range(0..16u32);
+            match rng.random_range(0..5) {
+                0 | 1 => {
+                    policy.admit(Frame(frame), step % 32);
+                    there.insert(frame);
+                }
+                2 => {
+                    policy.forget(Frame(frame));
+                    there.remove(&frame);
+                }
+                3 if there.contains(&frame) => {
+                    let to = rng.random_range(0..16u32);
+                    policy.rehome(Frame(frame), Frame(to), step);
+                    there.remove(&frame);
+                    there.insert(to);
+                }
+                _ => {
+                    policy.touch(Frame(frame));
+                    policy.evict(1, |frame| {
+                        assert!(there.contains(&frame.0), "{frame:?} was forgotten");
+                        if rng.random() {
+                            return Verdict::Keep;
+                        }
+                        there.remove(&frame.0);
+                        Verdict::Evicted
+                    });
+                }
+            }
+            let queues = policy.queues.lock();
+            assert_eq!(queues.small.len + queues.main.len, there.len());
         }
-        let queues = policy.queues.lock();
-        assert!(queues.small.len() + queues.main.len() <= 2 * 8 + 65);
+        let mut left = there.len();
+        while policy.evict(1, |_| Verdict::Evicted) == 1 {
+            left -= 1;
+        }
+        assert_eq!(left, 0);
     }
 
     #[test]

@@ -6,9 +6,9 @@
 //!
 //! *Does not own*: the choice of the page ([`crate::policy`]), the account ([`Arena`](pinfold_mem::Arena)).
 //!
-//! *Locking*: waits with nothing but classes 1 to 4 held. Eviction takes folio locks by trying.
+//! *Locking*: waits with nothing but classes 1 to 4 held. Eviction takes folio locks by trying. Faults served in signal
+//! handlers make room as well: nothing is allocated or freed for up to [`RECLAIM_BATCH`] pages.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pinfold_mem::{Charge, Frame, FrameRun};
@@ -16,13 +16,12 @@ use smallvec::SmallVec;
 
 use crate::CacheError;
 use crate::cache::{Cache, Header};
-use crate::file::FilePages;
 use crate::policy::Verdict;
 use crate::slots::Slot;
 use crate::state::{DIRTY, LOCKED, PRESENT, UMAP_ASYNC, UPTODATE, USERS_MASK, WRITEBACK};
 
 /// Pages freed at once when there is no room left.
-const RECLAIM_BATCH: usize = 32;
+pub(crate) const RECLAIM_BATCH: usize = 32;
 /// How long an allocation waits for write-back or other users before it gives up.
 const WAIT_MAX: Duration = Duration::from_secs(60);
 /// How often a waiting allocation looks again although nobody woke it.
@@ -167,8 +166,9 @@ impl Cache {
     /// Evicts clean, unused pages of both homes; returns how many. The pages of the budget that were in windows come
     /// into `saved`.
     pub(crate) fn reclaim(&self, want: usize, saved: &mut Charge<'_>) -> usize {
-        let mut frames: SmallVec<[Frame; RECLAIM_BATCH]> = SmallVec::new();
-        let mut slots: SmallVec<[Frame; RECLAIM_BATCH]> = SmallVec::new();
+        // Allocated before the policy's lock is taken, which signal handlers wait for; a batch is on the stack.
+        let mut frames: SmallVec<[Frame; RECLAIM_BATCH]> = SmallVec::with_capacity(want);
+        let mut slots: SmallVec<[Frame; RECLAIM_BATCH]> = SmallVec::with_capacity(want);
         let mut dirty_seen = 0usize;
         self.policy.evict(want, |frame| {
             let header = self.header(frame);
@@ -185,10 +185,8 @@ impl Cache {
             Verdict::Evicted
         });
         self.arena.free_all(&frames);
-        let files = self.keep_stored(&mut slots);
+        self.keep_stored(&mut slots);
         let dropped = self.evict_slots(&mut slots);
-        // One of these may be the last reference, whose end drops pages: not while any is claimed here.
-        drop(files);
         saved.take_over(dropped);
         let evicted = frames.len() + dropped;
         self.counters.evicted.add(evicted as u64);
@@ -219,15 +217,11 @@ impl Cache {
     }
 
     /// Takes those of the pages claimed for eviction back that were stored to without notice; the others are in no
-    /// mapping any more where that could happen. Returns the files concerned.
-    fn keep_stored(
-        &self,
-        slots: &mut SmallVec<[Frame; RECLAIM_BATCH]>,
-    ) -> SmallVec<[Arc<FilePages>; 1]> {
+    /// mapping any more where that could happen.
+    fn keep_stored(&self, slots: &mut SmallVec<[Frame; RECLAIM_BATCH]>) {
         let tracked = |frame: &Frame| self.header(*frame).state.load() & UMAP_ASYNC != 0;
-        let mut files = SmallVec::new();
         if !slots.iter().any(tracked) {
-            return files;
+            return;
         }
         slots.sort_unstable_by_key(|&frame| self.place(frame));
         let mut kept: SmallVec<[Frame; RECLAIM_BATCH]> = SmallVec::new();
@@ -236,17 +230,15 @@ impl Cache {
                 continue;
             }
             // A file with such mappings is listed as long as it has them.
-            let file = self.dirty_files.lock().get(&self.place(run[0]).0).cloned();
-            if let Some(file) = file {
-                kept.extend(file.keep_stored(run));
-                files.push(file);
+            let (file, _) = self.place(run[0]);
+            if let Some(stored) = self.visit_listed(file, |file| file.keep_stored(run)) {
+                kept.extend(stored);
             }
         }
         slots.retain(|frame| !kept.contains(frame));
         if !kept.is_empty() {
             self.kick_flusher(true);
         }
-        files
     }
 
     /// Drops pages that were claimed for eviction out of their windows, neighbours together; returns how many went.

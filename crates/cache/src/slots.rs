@@ -5,11 +5,13 @@
 //!
 //! *Does not own*: the budget (the arena's account), who must go when it is used up (`room.rs`).
 //!
-//! *Locking*: both locks are leaves.
+//! *Locking*: both locks are leaves. Faults served in signal handlers wait for them, so nobody allocates or frees under
+//! them.
 
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
+use pinfold_base::roomy;
 use pinfold_base::sync::Mutex;
 use pinfold_mem::{Frame, Window};
 
@@ -70,6 +72,8 @@ impl Slots {
         self.free.lock().push(frame);
     }
 
+    /// Returns the window of a file that has pages in it, which whoever asks keeps from going: so the file stays, and the
+    /// reference returned is never the last.
     pub(crate) fn window(&self, file: u64) -> Option<Arc<Window>> {
         self.windows.lock().get(&file).cloned()
     }
@@ -109,10 +113,9 @@ impl Cache {
     pub(crate) fn open_slots(&self, file: u64, window: &Arc<Window>) {
         self.policy.open_slots();
         self.slots.open();
-        self.slots.windows.lock().insert(file, Arc::clone(window));
-        // Noting a first store in a signal handler must not make the table grow.
-        let mut files = self.dirty_files.lock();
-        files.reserve(64);
+        roomy::lock_roomy(&self.slots.windows).insert(file, Arc::clone(window));
+        // Noting a first store in a signal handler must find room.
+        drop(roomy::lock_roomy(&self.dirty_files));
     }
 
     #[inline]

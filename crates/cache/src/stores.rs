@@ -20,14 +20,15 @@
 //! *Locking*: locks folios, neighbours in ascending order, of which all but the first by trying; the scan is a leaf.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use pinfold_mem::Frame;
 use smallvec::{SmallVec, smallvec};
 
 use crate::cache::Cache;
+use crate::dirty::Note;
 use crate::file::{Attempt, FilePages};
 use crate::folio::Folio;
+use crate::room::RECLAIM_BATCH;
 use crate::state::{DIRTY, UMAP_ASYNC, pins};
 
 /// Pages asked about with one call at most.
@@ -48,7 +49,7 @@ pub enum Harvest {
 impl FilePages {
     /// Makes pages of `range` dirty that were stored to without notice. Nothing may be held but classes 1 to 4.
     pub fn harvest(&self, range: Range<u64>, how: Harvest) {
-        let pages = self.dirty.lock().tracked.pages_in(range, usize::MAX);
+        let pages = self.noted(Note::Tracked, range, usize::MAX);
         let mut rest = &pages[..];
         while let Some((&first, others)) = rest.split_first() {
             let folio = match how {
@@ -92,7 +93,7 @@ impl FilePages {
 
     /// Strikes a locked page off the list of those that may be stored to without notice.
     pub(crate) fn untrack(&self, page: u64) {
-        self.dirty.lock().tracked.remove(page);
+        self.dirty().pages.remove(Note::Tracked, page);
     }
 
     /// Makes those of neighbouring locked pages dirty that were stored to without notice. With `withdraw` they are in no
@@ -147,7 +148,7 @@ impl FilePages {
     ///
     /// Asks twice: before the entries go, so that a page in use keeps its entry, and after, which is the answer
     /// that counts.
-    pub(crate) fn keep_stored(&self, run: &[Frame]) -> SmallVec<[Frame; 4]> {
+    pub(crate) fn keep_stored(&self, run: &[Frame]) -> SmallVec<[Frame; RECLAIM_BATCH]> {
         let cache = self.cache();
         let mut kept = SmallVec::new();
         let (Some(&first), Some(reverse)) = (run.first(), self.reverse.get()) else {
@@ -157,8 +158,10 @@ impl FilePages {
         let pages = start..start + run.len() as u64;
         let mut found = Found::new(&pages);
         reverse.stores(&pages, &mut |stored| found.add(stored));
-        for clean in found.gaps() {
+        let mut at = start;
+        while let Some(clean) = found.gap_after(at) {
             reverse.withdraw(&clean, &mut |stored| found.add(stored));
+            at = clean.end;
         }
         for (page, &frame) in (start..).zip(run) {
             let state = &cache.header(frame).state;
@@ -181,7 +184,7 @@ impl FilePages {
     fn note_stores(&self, count: usize) {
         if count > 0 {
             self.cache().counters.stores_found.add(count as u64);
-            self.tell_owner_of_stores();
+            self.note_found_stores();
         }
     }
 }
@@ -189,8 +192,7 @@ impl FilePages {
 impl Cache {
     /// Makes known what was stored to without notice, as far as nobody has to be waited for.
     pub(crate) fn harvest_all(&self) {
-        let files: Vec<Arc<FilePages>> = self.dirty_files.lock().values().cloned().collect();
-        for file in files {
+        for file in self.dirty_files() {
             file.harvest(0..u64::MAX, Harvest::Try);
         }
     }
@@ -221,16 +223,16 @@ impl Found {
         self.stored[(page - self.start) as usize]
     }
 
-    /// Lists the runs of pages that were not found.
-    fn gaps(&self) -> Vec<Range<u64>> {
-        let mut at = self.start;
-        let runs = self.stored.chunk_by(|a, b| a == b).map(|run| {
-            let pages = at..at + run.len() as u64;
-            at = pages.end;
-            (run[0], pages)
-        });
-        runs.filter(|(stored, _)| !stored)
-            .map(|(_, pages)| pages)
-            .collect()
+    /// Returns the first run of pages at or after `page` that were not found.
+    fn gap_after(&self, page: u64) -> Option<Range<u64>> {
+        let from = (page - self.start) as usize;
+        let stored = self.stored.get(from..)?;
+        let first = from + stored.iter().position(|stored| !stored)?;
+        let len = self.stored[first..]
+            .iter()
+            .take_while(|stored| !**stored)
+            .count();
+        let start = self.start + first as u64;
+        Some(start..start + len as u64)
     }
 }

@@ -8,12 +8,13 @@
 //! only then marked clean and read: a store either comes before and is written, or faults, waits for the lock, and makes
 //! the page dirty again (F-2, F-8). A page that a device writes to is written as a copy and stays dirty (E-9).
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use pinfold_base::roomy::{self, Roomy};
 use pinfold_base::sync::{Condvar, Mutex};
 use pinfold_base::{Errno, PAGE_SIZE, Progress};
 use pinfold_mem::{AlignedBuf, Frame, Segments};
@@ -21,7 +22,8 @@ use pinfold_store::{Operation, StoreError, Transfer};
 use smallvec::SmallVec;
 
 use crate::CacheError;
-use crate::cache::Cache;
+use crate::cache::{Cache, Listed};
+use crate::dirty::Note;
 use crate::file::{Attempt, FilePages};
 use crate::folio::Folio;
 use crate::state::{DIRTY, ERROR, UMAP_ASYNC, UMAP_RW, WRITEBACK, write_pins};
@@ -290,7 +292,8 @@ impl<'a> Sweep<'a> {
         self.file.homes().read(frame, page, 0, bytes);
         let cache = self.file.cache();
         cache.header(frame).state.copy_for_write();
-        self.file.dirty.lock().writing.insert(page);
+        // Dirty, so there is room.
+        self.file.dirty().pages.insert(Note::Writing, page);
         cache.writing_pages.fetch_add(1, Ordering::Relaxed);
         drop(folio);
         cache.counters.write_transfers.bump();
@@ -380,18 +383,17 @@ impl FilePages {
 
     /// Lists what a pass visits, and what is under way already.
     fn to_write(&self, range: Range<u64>, mode: Mode) -> (Vec<u64>, Vec<u64>) {
-        let mut state = self.dirty.lock();
         if mode == Mode::Integrity {
             return (
-                state.dirty.pages_in(range.clone(), usize::MAX),
-                state.writing.pages_in(range, usize::MAX),
+                self.noted(Note::Dirty, range.clone(), usize::MAX),
+                self.noted(Note::Writing, range, usize::MAX),
             );
         }
-        let from = state.cursor.clamp(range.start, range.end);
-        let mut pages = state.dirty.pages_in(from..range.end, VISIT_PAGES_MAX);
+        let from = self.dirty().cursor.clamp(range.start, range.end);
+        let mut pages = self.noted(Note::Dirty, from..range.end, VISIT_PAGES_MAX);
         let left = VISIT_PAGES_MAX - pages.len();
-        pages.extend(state.dirty.pages_in(range.start..from, left));
-        state.cursor = pages.last().map_or(0, |&last| last + 1);
+        pages.extend(self.noted(Note::Dirty, range.start..from, left));
+        self.dirty().cursor = pages.last().map_or(0, |&last| last + 1);
         (pages, Vec::new())
     }
 
@@ -406,12 +408,13 @@ impl FilePages {
         let cache = self.cache();
         cache.header(folio.frame()).state.clean_for_write();
         let (was_dirty, was_writing) = {
-            let mut state = self.dirty.lock();
-            let was_dirty = state.dirty.remove(page);
-            if state.dirty.is_empty() {
+            let mut state = self.dirty();
+            let was_writing = state.pages.contains(Note::Writing, page);
+            let was_dirty = state.pages.change(Note::Dirty, Note::Writing, page);
+            if state.pages.is_empty(Note::Dirty) {
                 state.since = None;
             }
-            (was_dirty, !state.writing.insert(page))
+            (was_dirty, was_writing)
         };
         debug_assert!(was_dirty && !was_writing, "{page} was not accounted for");
         cache.writing_pages.fetch_add(1, Ordering::Relaxed);
@@ -469,11 +472,15 @@ impl FilePages {
     fn leave_write_back(&self, page: u64, frame: Frame, set: u64, dirty_again: bool) {
         let cache = self.cache();
         {
-            let mut state = self.dirty.lock();
-            state.writing.remove(page);
-            if dirty_again && state.dirty.insert(page) {
+            let mut state = self.dirty();
+            // A copy was written of a page that stayed dirty: then there is nothing to add.
+            let again = dirty_again && !state.pages.contains(Note::Dirty, page);
+            if again {
+                state.pages.change(Note::Writing, Note::Dirty, page);
                 cache.dirty_pages.fetch_add(1, Ordering::Relaxed);
                 state.since.get_or_insert_with(Instant::now);
+            } else {
+                state.pages.remove(Note::Writing, page);
             }
         }
         cache.writing_pages.fetch_sub(1, Ordering::Relaxed);
@@ -496,7 +503,7 @@ impl FilePages {
 
     /// Tells since when pages have been dirty.
     fn dirty_since(&self) -> Option<Instant> {
-        self.dirty.lock().since
+        self.dirty().since
     }
 }
 
@@ -571,8 +578,8 @@ impl Cache {
     #[cold]
     fn enlist(&self, file: &Arc<FilePages>) {
         // Both under the lock: a flag set after somebody delisted the file again would keep it off the list for good.
-        let mut files = self.dirty_files.lock();
-        files.insert(file.id(), Arc::clone(file));
+        let mut files = roomy::lock_roomy(&self.dirty_files);
+        files.entry(file.id()).or_insert_with(|| Listed::of(file));
         file.listed.store(true, Ordering::SeqCst);
     }
 
@@ -582,21 +589,57 @@ impl Cache {
             return true;
         }
         let mut files = self.dirty_files.lock();
-        if files.len() == files.capacity() {
+        if !files.has_room() {
             return false;
         }
-        files.insert(file.id(), Arc::clone(file));
+        files.entry(file.id()).or_insert_with(|| Listed::of(file));
         file.listed.store(true, Ordering::SeqCst);
         true
     }
 
+    /// Lists the files that are, or may be, dirty.
+    pub(crate) fn dirty_files(&self) -> Vec<Arc<FilePages>> {
+        roomy::list(&self.dirty_files, usize::MAX, HashMap::len, |files, add| {
+            for listed in files.values() {
+                if !add(Arc::clone(&listed.file)) {
+                    return;
+                }
+            }
+        })
+    }
+
+    /// Calls a listed file, which stays listed meanwhile: so what is called here never has the last reference to it, which
+    /// in a signal handler must not be dropped.
+    pub(crate) fn visit_listed<R>(
+        &self,
+        file: u64,
+        visit: impl FnOnce(&FilePages) -> R,
+    ) -> Option<R> {
+        let found = {
+            let mut files = self.dirty_files.lock();
+            let listed = files.get_mut(&file)?;
+            listed.visits += 1;
+            Arc::clone(&listed.file)
+        };
+        let result = visit(&found);
+        // Before it may leave the list.
+        drop(found);
+        if let Some(listed) = self.dirty_files.lock().get_mut(&file) {
+            listed.visits -= 1;
+        }
+        Some(result)
+    }
+
     /// Forgets files that have become clean.
     fn delist_clean(&self) {
-        let mut gone = Vec::new();
-        self.dirty_files.lock().retain(|_, file| {
+        let mut gone: Vec<Arc<FilePages>> = Vec::with_capacity(self.dirty_files.lock().len());
+        self.dirty_files.lock().retain(|_, listed| {
+            let file = &listed.file;
             // First the flag, then the look: a writer dirties first and then looks at the flag.
             file.listed.store(false, Ordering::SeqCst);
-            let keep = file.is_dirty() || file.is_tracked();
+            let stays = listed.visits > 0 || file.is_dirty() || file.is_tracked();
+            // Nothing is allocated under the lock: those there is no room for go next time.
+            let keep = stays || gone.len() == gone.capacity();
             if keep {
                 file.listed.store(true, Ordering::SeqCst);
             } else {
@@ -604,8 +647,10 @@ impl Cache {
             }
             keep
         });
-        // The last reference may go here: not under the lock.
-        drop(gone);
+        for file in gone {
+            file.trim_dirty();
+            // The last reference may go here: not under the lock.
+        }
     }
 
     fn flush_loop(self: Arc<Self>) {
@@ -637,10 +682,9 @@ impl Cache {
             let pressed = starved || self.dirty_pages() > self.background_pages();
             let now = Instant::now();
             let mut candidates: Vec<(Instant, Arc<FilePages>)> = self
-                .dirty_files
-                .lock()
-                .values()
-                .filter_map(|file| Some((file.dirty_since()?, Arc::clone(file))))
+                .dirty_files()
+                .into_iter()
+                .filter_map(|file| Some((file.dirty_since()?, file)))
                 .filter(|(_, file)| !failed.contains(&file.id()))
                 .filter(|(since, file)| {
                     let old = now.duration_since(*since) >= self.config.dirty_age_max;
@@ -675,9 +719,8 @@ impl Cache {
     /// # Errors
     /// The first error met; the rest is written all the same.
     pub fn write_back_all(&self) -> Result<(), StoreError> {
-        let files: Vec<Arc<FilePages>> = self.dirty_files.lock().values().cloned().collect();
         let mut first = None;
-        for file in files {
+        for file in self.dirty_files() {
             if let Err(error) = file.write_back(0..u64::MAX, Mode::Integrity) {
                 first.get_or_insert(error);
             }

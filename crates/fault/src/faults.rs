@@ -1,6 +1,5 @@
 //! The faults of a volume: its userfaultfds, the thread that reads their events, the pool.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::{Deref, Range, RangeInclusive};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -90,8 +89,9 @@ impl FaultCounters {
 pub(crate) struct Shared {
     pub(crate) slots: Slots,
     pub(crate) counters: FaultCounters,
-    /// Mappings by their first address, and by themselves: one may begin where another gave up its first pages.
-    table: RwLock<BTreeMap<(usize, usize), Arc<UserMapping>>>,
+    /// Mappings in the order of their first addresses, and of their own: one may begin where another gave up its first
+    /// pages. Nobody allocates under the lock: whoever faulted may be inside the allocator.
+    table: RwLock<Vec<Arc<UserMapping>>>,
     threads: Mutex<Threads>,
     /// Refusals that stand and have to be taken back some time.
     refusals: AtomicUsize,
@@ -125,29 +125,56 @@ impl Shared {
     fn find(&self, addr: usize) -> Option<Serving> {
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
         // Not the nearest alone: a mapping made in the gap of another one lies before the other's rest.
-        let mut before = table.range(..=(addr, usize::MAX)).rev();
-        let (_, found) = before.find(|(_, mapping)| mapping.contains(addr))?;
+        let behind = table.partition_point(|mapping| key(mapping) <= (addr, usize::MAX));
+        let mut before = table[..behind].iter().rev();
+        let found = before.find(|mapping| mapping.contains(addr))?;
         found.begin_serving();
         Some(Serving(Arc::clone(found)))
     }
 
     fn all(&self) -> Vec<Serving> {
-        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
-        let serving = |mapping: &Arc<UserMapping>| {
-            mapping.begin_serving();
-            Serving(Arc::clone(mapping))
+        let count = || {
+            self.table
+                .read()
+                .unwrap_or_else(PoisonError::into_inner)
+                .len()
         };
-        table.values().map(serving).collect()
+        let mut all = Vec::with_capacity(count());
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        // One that came in between has had no refusal yet that anybody would take back.
+        for mapping in table.iter().take(all.capacity()) {
+            mapping.begin_serving();
+            all.push(Serving(Arc::clone(mapping)));
+        }
+        all
     }
 
     fn enter(&self, mapping: &Arc<UserMapping>) {
-        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
-        table.insert(key(mapping), Arc::clone(mapping));
+        let mut wanted = 1;
+        loop {
+            let mut larger = Vec::with_capacity(wanted);
+            let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+            if table.len() == table.capacity() && table.len() < larger.capacity() {
+                larger.append(&mut table);
+                std::mem::swap(&mut *table, &mut larger);
+            }
+            if table.len() < table.capacity() {
+                let at = table.partition_point(|other| key(other) < key(mapping));
+                table.insert(at, Arc::clone(mapping));
+                drop(table);
+                return;
+            }
+            wanted = 2 * table.len() + 1;
+        }
     }
 
     fn leave(&self, mapping: &Arc<UserMapping>) {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
-        table.remove(&key(mapping));
+        if let Some(at) = table.iter().position(|other| Arc::ptr_eq(other, mapping)) {
+            let gone = table.remove(at);
+            drop(table);
+            drop(gone);
+        }
     }
 
     /// What a thread that reads events does, until they end.
@@ -346,7 +373,7 @@ impl Faults {
             shared: Arc::new(Shared {
                 slots: Slots::new(),
                 counters: FaultCounters::default(),
-                table: RwLock::new(BTreeMap::new()),
+                table: RwLock::new(Vec::new()),
                 threads: Mutex::new(Threads::default()),
                 refusals: AtomicUsize::new(0),
             }),

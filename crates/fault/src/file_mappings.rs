@@ -37,10 +37,22 @@ impl FileMappings {
     }
 
     pub(crate) fn enter(&self, mapping: Arc<UserMapping>) {
-        self.list
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(mapping);
+        // Nothing is allocated or freed under the lock, which faults in signal handlers wait for.
+        let mut wanted = self.count() + 1;
+        loop {
+            let mut larger = SmallVec::with_capacity(wanted);
+            let mut list = self.list.write().unwrap_or_else(PoisonError::into_inner);
+            if list.len() == list.capacity() && list.len() < larger.capacity() {
+                larger.extend(list.drain(..));
+                std::mem::swap(&mut *list, &mut larger);
+            }
+            if list.len() < list.capacity() {
+                list.push(mapping);
+                drop(list);
+                return;
+            }
+            wanted = 2 * list.len();
+        }
     }
 
     pub(crate) fn leave(&self, mapping: &UserMapping) {

@@ -145,19 +145,33 @@ impl UserMapping {
     /// # Errors
     /// `ENOMEM`: a range becomes two and the process has as many mappings as it may. Nothing has changed then.
     pub(crate) fn give_up(&self, pages: &Range<u64>) -> Result<(), Errno> {
-        let mut live = self.live.write().unwrap_or_else(PoisonError::into_inner);
-        self.map.unmap(pages.clone())?;
-        *live = live
-            .iter()
-            .flat_map(|range| {
+        let ranges = || {
+            self.live
+                .read()
+                .unwrap_or_else(PoisonError::into_inner)
+                .len()
+        };
+        let mut wanted = ranges() + 1;
+        loop {
+            // Allocated, and below freed, without the lock: faults in signal handlers wait for it.
+            let mut left: SmallVec<[Range<u64>; 1]> = SmallVec::with_capacity(wanted);
+            let mut live = self.live.write().unwrap_or_else(PoisonError::into_inner);
+            if live.len() >= left.capacity() {
+                wanted = live.len() + 1;
+                continue;
+            }
+            self.map.unmap(pages.clone())?;
+            let parts = live.iter().flat_map(|range| {
                 [
                     range.start..range.end.min(pages.start),
                     range.start.max(pages.end)..range.end,
                 ]
-            })
-            .filter(|range| !range.is_empty())
-            .collect();
-        Ok(())
+            });
+            left.extend(parts.filter(|range| !range.is_empty()));
+            std::mem::swap(&mut *live, &mut left);
+            drop(live);
+            return Ok(());
+        }
     }
 
     /// Notes a pool thread at work here; must be undone by [`UserMapping::end_serving`].

@@ -126,6 +126,7 @@ impl Inode {
     /// Tells whether something waits to be stored.
     #[must_use]
     pub fn is_dirty(&self) -> bool {
+        self.note_found_stores();
         self.pages.is_dirty() || self.times_pending.load(Ordering::Acquire)
     }
 
@@ -133,6 +134,7 @@ impl Inode {
     /// [`Inode::forget_modified`].
     #[must_use]
     pub fn modified(&self) -> Option<SystemTime> {
+        self.note_found_stores();
         match self.modified_ns.load(Ordering::Acquire) {
             0 => None,
             ns => Some(clock::time_of(ns)),
@@ -141,8 +143,17 @@ impl Inode {
 
     /// Forgets the live time: somebody has set the stored times explicitly.
     pub fn forget_modified(&self) {
+        let _ = self.pages.take_found_stores();
         self.modified_ns.store(0, Ordering::Release);
         self.times_pending.store(false, Ordering::Release);
+    }
+
+    /// Takes in that stores through mappings were found by looking for them.
+    fn note_found_stores(&self) {
+        if let Some(at) = self.pages.take_found_stores() {
+            self.modified_ns.fetch_max(at, Ordering::AcqRel);
+            self.times_pending.store(true, Ordering::Release);
+        }
     }
 
     /// Notes that the contents change now.
@@ -193,6 +204,7 @@ impl Inode {
     }
 
     fn tell_times(&self) {
+        self.note_found_stores();
         self.times_pending.store(false, Ordering::Release);
         // Every pass, not the first after a write alone: each moves the stored times anew. The backing knows whether
         // anything of it is left to do.
@@ -378,10 +390,6 @@ impl Owner for Inode {
     fn wrote_back(&self) {
         self.tell_times();
     }
-
-    fn found_stores(&self) {
-        self.touch_modified();
-    }
 }
 
 impl Inode {
@@ -390,7 +398,7 @@ impl Inode {
     fn begin_store(&self, page: u64) -> std::result::Result<(), CacheError> {
         let end = self.len();
         let bytes = page * PAGE_SIZE..end.min((page + 1) * PAGE_SIZE);
-        if bytes.is_empty() || self.pages.next_known_dirty(page) == Some(page) {
+        if bytes.is_empty() || self.pages.is_known_dirty(page) {
             // Beyond the end, which the fault will find; or dirty, so all of it is done.
             return Ok(());
         }

@@ -43,9 +43,11 @@ use crate::object::{
 };
 
 mod files;
+mod here;
 mod split;
 
 use files::{Files, Pair};
+use here::Here;
 use split::{Parts, Split, Way};
 
 /// A read of the file's tail takes up to this many bytes before it along through the plain descriptor: one system call
@@ -81,6 +83,8 @@ pub struct DirObject {
 struct Core {
     origin: Arc<dyn Reopen>,
     files: RwLock<Files>,
+    /// The reader's of them, for faults that are served in their own threads.
+    here: Here,
     /// A direct transfer was refused although it was aligned as asked: none is tried again.
     refused: AtomicBool,
     /// Whether there is a descriptor to read through, as in `files`: asked for by every buffered write.
@@ -97,6 +101,7 @@ impl DirObject {
             core: Arc::new(Core {
                 origin,
                 files: RwLock::new(Files::default()),
+                here: Here::default(),
                 refused: AtomicBool::new(false),
                 readable: AtomicBool::new(false),
                 len_seen: AtomicU64::new(0),
@@ -134,6 +139,8 @@ impl DirObject {
             self.core.note_readable(&files);
         }
         files.openers += 1;
+        drop(files);
+        self.core.note_here();
         Ok(())
     }
 
@@ -153,6 +160,7 @@ impl DirObject {
             self.core.note_readable(&files);
         }
         self.core.files.write().openers += 1;
+        self.core.note_here();
         Ok(())
     }
 
@@ -174,6 +182,7 @@ impl DirObject {
         let closed = std::mem::take(&mut *files);
         self.core.note_readable(&files);
         drop(files);
+        self.core.note_here();
         drop(closed);
         true
     }
@@ -486,6 +495,11 @@ impl Core {
             .store(files.reader.is_some(), Ordering::Release);
     }
 
+    /// Called after `files` changed, with nothing held.
+    fn note_here(&self) {
+        self.here.follow(|| self.files.read().reader.clone());
+    }
+
     fn pair(&self, op: Op) -> Option<Pair> {
         let files = self.files.read();
         match op {
@@ -596,9 +610,11 @@ impl Object for DirObject {
     }
 
     fn read_here(&self, offset: u64, segments: &Segments) -> Option<Progress<StoreError>> {
-        // Not waited for: whoever has it may be allocating.
-        let pair = self.core.files.try_read()?.reader.clone()?;
-        (segments.spans().len() == 1).then(|| self.transfer_by(&pair, Op::Read, offset, segments))
+        if segments.spans().len() != 1 {
+            return None;
+        }
+        let here = &self.core.here;
+        here.with(|pair| self.transfer_by(pair, Op::Read, offset, segments))
     }
 
     fn write_wait(&self, offset: u64, segments: &Segments) -> Progress<StoreError> {

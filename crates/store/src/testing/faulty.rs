@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use pinfold_base::{Errno, Progress};
+use pinfold_mem::Segments;
 
 use crate::object::{
     Completion, Geometry, Object, Operation, Seek, StoreError, StoreResult, SyncScope, Transfer,
@@ -43,7 +44,7 @@ pub struct Rule {
     pub range: Option<Range<u64>>,
     /// How many it lets pass first.
     pub skip: u64,
-    /// How many it then applies to.
+    /// How many it then applies to; `u64::MAX`: all.
     pub times: u64,
     /// What happens to them.
     pub action: Action,
@@ -94,7 +95,11 @@ impl Rule {
             self.skip -= 1;
             return false;
         }
-        self.times -= 1;
+        self.times = if self.times == u64::MAX {
+            u64::MAX
+        } else {
+            self.times - 1
+        };
         true
     }
 }
@@ -242,8 +247,27 @@ impl Object for FaultyObject {
         self.transfer(Operation::Read, batch);
     }
 
+    fn read_here(&self, offset: u64, segments: &Segments) -> Option<Progress<StoreError>> {
+        // What was refused here is asked for again elsewhere: a rule that counts would be used up by that.
+        let always = |rule: &Rule| {
+            matches!(rule.action, Action::Fail(_)) && rule.skip == 0 && rule.times == u64::MAX
+        };
+        if !self.state.lock().rules.iter().all(always) {
+            return None;
+        }
+        let len = segments.bytes() as u64;
+        match self.check(Operation::Read, offset, len) {
+            Ok(()) => self.inner.read_here(offset, segments),
+            Err(error) => Some(Progress::stopped(0, error)),
+        }
+    }
+
     fn write(&self, batch: Vec<Transfer>) {
         self.transfer(Operation::Write, batch);
+    }
+
+    fn space_left(&self) -> Option<u64> {
+        self.inner.space_left()
     }
 
     fn len(&self) -> StoreResult<u64> {
