@@ -13,7 +13,7 @@ use pinfold_base::rank::{Rank, ReadGuard, RwLock, WriteGuard};
 use pinfold_base::{Errno, PAGE_SIZE, page_span};
 use pinfold_cache::{CacheError, FilePages, Harvest, Here, MapOutcome, Mode, Owner, Pace, Sample};
 use pinfold_fault::{Fault, FaultTarget, FileMappings};
-use pinfold_mem::{Access, clock};
+use pinfold_mem::{Access, clock, limits};
 use pinfold_store::{Object, StoreError, SyncScope};
 
 use crate::engine::{Engine, Reserve};
@@ -22,7 +22,7 @@ use crate::error::{Error, ErrorKind, Result};
 /// Every filesystem takes files of this size, or says so by itself soon enough: 2 TiB less a block is ext3's limit, and
 /// a write that jumps further is rare.
 const SIZE_UNASKED_MAX: u64 = 1 << 40;
-/// How far a file may grow before the store is asked again.
+/// Granularity of the sizes that the store is asked about, so that a growing file asks rarely.
 const SIZE_ASK_STEP: u64 = 1 << 30;
 
 /// Told when the engine has changed the stored file, so that times can be put right; implemented by the node.
@@ -259,16 +259,8 @@ impl Inode {
     /// # Errors
     /// The store's refusal of even one byte.
     pub(crate) fn size_allowed(&self, from: u64, to: u64) -> Result<u64> {
-        let known = self
-            .size_asked
-            .load(Ordering::Relaxed)
-            .max(self.pages.end());
-        let step = if known > SIZE_UNASKED_MAX {
-            SIZE_ASK_STEP
-        } else {
-            0
-        };
-        if to <= known.saturating_add(step) {
+        let known = self.size_asked.load(Ordering::Relaxed);
+        if to <= known.max(self.pages.end()) {
             return Ok(to);
         }
         let told = |error| Error::store("write", error);
@@ -278,13 +270,19 @@ impl Inode {
         self.flush_range(0..u64::MAX).map_err(told)?;
         let stored = object.len().map_err(told)?;
         let mut good = from;
-        let mut refused = match object.set_len(to) {
-            Ok(()) => {
-                good = to;
-                None
+        let mut refused = None;
+        // Further than is needed first, where the process's own limit is not what would refuse it.
+        let ahead = to.next_multiple_of(SIZE_ASK_STEP);
+        let within = limits::file_size().is_none_or(|limit| ahead <= limit);
+        for size in within.then_some(ahead).into_iter().chain([to]) {
+            match object.set_len(size) {
+                Ok(()) => {
+                    (good, refused) = (size, None);
+                    break;
+                }
+                Err(error) => refused = Some((size, error)),
             }
-            Err(error) => Some((to, error)),
-        };
+        }
         while let Some((bad, error)) = refused {
             if error.errno != Errno::EFBIG || bad - good <= 1 {
                 break;
@@ -300,7 +298,7 @@ impl Inode {
             Some((_, error)) if good == from => Err(told(error)),
             _ => {
                 self.size_asked.store(good, Ordering::Relaxed);
-                Ok(good)
+                Ok(good.min(to))
             }
         }
     }

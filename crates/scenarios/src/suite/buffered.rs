@@ -183,6 +183,7 @@ fn efbig_overflow(cx: &Context<'_>) -> Result<(), Stop> {
     if largest < END - 2 {
         cx.equal("2 B across the border", write(2, largest - 1), Ok(1));
         cx.equal("size at the border", file.size()?, largest);
+        cx.equal("1 B at the end", write(1, largest), Err(Errno::EFBIG));
         cx.equal("truncated again", file.truncate(0), Ok(()));
     }
     Ok(())
