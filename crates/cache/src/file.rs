@@ -767,7 +767,7 @@ impl FilePages {
     }
 
     /// Lists the cached pages of `range`, lowest first.
-    fn cached_pages(&self, range: Range<u64>) -> Vec<u64> {
+    pub(crate) fn cached_pages(&self, range: Range<u64>) -> Vec<u64> {
         let end = range.end.min(self.high.load(Ordering::Relaxed));
         if range.start >= end {
             return Vec::new();

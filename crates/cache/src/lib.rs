@@ -57,7 +57,7 @@ pub use folio::Folio;
 pub use gate::Gate;
 pub use lease::{Lease, PageRef};
 pub use map::{AROUND_MAX, Here, MapOutcome, MapTarget, ReverseMap};
-pub use pin::{PagePin, PinRefusal, PinSite};
+pub use pin::{Kept, PagePin, PinRefusal, PinSite};
 pub use readahead::{ReadAhead, Walks};
 pub use state::PinKind;
 pub use stores::Harvest;

@@ -6,9 +6,11 @@
 //!
 //! *Does not own*: the transfer.
 //!
-//! *Locking*: a pin is a leaf. Whoever holds one takes no lock of classes 1 to 5 until the transfer has ended: truncation,
-//! eviction and the move between homes wait for it.
+//! *Locking*: a pin for a transfer is a leaf. Whoever holds one takes no lock of classes 1 to 5 until the transfer has
+//! ended: truncation, eviction and the move between homes wait for it. What the program keeps pinned is waited for with
+//! nothing held ([`FilePages::kept_page`]).
 
+use std::ops::Range;
 use std::panic::Location;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -53,6 +55,10 @@ pub struct PinSite {
     /// The call that took it.
     pub place: &'static Location<'static>,
 }
+
+/// A page that the program keeps pinned ([`FilePages::kept_page`]).
+#[derive(Debug, Clone, Copy)]
+pub struct Kept(Frame, u64);
 
 /// Why a page was not pinned at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,7 +147,8 @@ impl FilePages {
     /// As of [`FilePages::map`]; [`CacheError::TooManyPins`], with nothing changed.
     #[track_caller]
     pub fn pin(self: &Arc<Self>, page: u64, kind: PinKind) -> Result<Option<PagePin>, CacheError> {
-        let Some((gate, folio)) = self.lock_valid(page, kind == PinKind::Write)? else {
+        // Against the gate whatever the kind: who blocks it to drop pages has seen which of them are kept.
+        let Some((gate, folio)) = self.lock_valid(page, true)? else {
             return Ok(None);
         };
         if kind == PinKind::Write {
@@ -177,9 +184,8 @@ impl FilePages {
             if self.map(page, access, page..page + 1, None, target)? == MapOutcome::BeyondEnd {
                 return Ok(None);
             }
-            // As in `map`: nothing that lets stores in is installed against the gate.
-            let stores = kind == PinKind::Write || target.tracked();
-            let Some((_gate, folio)) = self.lock_valid(page, stores)? else {
+            // As in `map` and `pin`: nothing that lets stores in is installed against the gate, and nothing is kept.
+            let Some((_gate, folio)) = self.lock_valid(page, true)? else {
                 return Ok(None);
             };
             // Evicted and read again since it was mapped: it has to move once more before it may be pinned.
@@ -211,6 +217,32 @@ impl FilePages {
                 })
             }
         }
+    }
+
+    /// Finds a page of `range` that the program keeps pinned. While the caller blocks the gate the answer stays: a page is
+    /// pinned for long only with the right to add pages.
+    ///
+    /// Who is to drop those pages gives back everything it holds and [waits](FilePages::wait_unkept): the program may be
+    /// about to pin the next page, to fault, or to make another call on this file (D-4).
+    #[must_use]
+    pub fn kept_page(&self, range: Range<u64>) -> Option<Kept> {
+        if self.pins_kept.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        self.cached_pages(range).into_iter().find_map(|page| {
+            let kept = Kept(self.get(page)?.frame(), page);
+            (pins(self.cache().header(kept.0).state.load()) > 0).then_some(kept)
+        })
+    }
+
+    /// Sleeps until a page that was kept is pinned no longer. Nothing may be held.
+    pub fn wait_unkept(&self, kept: Kept) {
+        let (Kept(frame, page), cache) = (kept, self.cache());
+        let key = self.key(page);
+        // A pinned frame keeps its page: one that holds another now was let go.
+        cache.wait(frame, |state| {
+            pins(state) == 0 || !cache.header(frame).is(key)
+        });
     }
 
     /// Pins a page for one transfer if it is there, valid and, to be written to, dirty. Waits for nobody and takes no lock of

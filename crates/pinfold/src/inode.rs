@@ -11,7 +11,9 @@ use std::time::SystemTime;
 use parking_lot::Mutex;
 use pinfold_base::rank::{Rank, ReadGuard, RwLock, WriteGuard};
 use pinfold_base::{Errno, PAGE_SIZE, page_span};
-use pinfold_cache::{CacheError, FilePages, Harvest, Here, MapOutcome, Mode, Owner, Pace, Sample};
+use pinfold_cache::{
+    CacheError, FilePages, Harvest, Here, Kept, MapOutcome, Mode, Owner, Pace, Sample,
+};
 use pinfold_fault::{Fault, FaultTarget, FileMappings};
 use pinfold_mem::{Access, clock, limits};
 use pinfold_store::{Object, StoreError, SyncScope};
@@ -249,8 +251,34 @@ impl Inode {
         if len > pinfold_base::units::FILE_SIZE_MAX {
             return Err(Error::invalid("set the size of", Errno::EFBIG));
         }
-        let _exclusive = self.lock_exclusive();
-        self.set_len_locked(len)
+        self.exclusively(|| self.set_len_locked(len))
+    }
+
+    /// Runs `work` under the inode's lock, again if it met a page that the program keeps pinned, once that is let go. That
+    /// is waited for with nothing held (D-4), as the kernel breaks the layouts of memory that is the storage itself.
+    pub(crate) fn exclusively<T>(
+        &self,
+        work: impl Fn() -> std::result::Result<T, Hindrance>,
+    ) -> Result<T> {
+        loop {
+            let exclusive = self.lock_exclusive();
+            match work() {
+                Ok(done) => return Ok(done),
+                Err(Hindrance::Error(error)) => return Err(error),
+                Err(Hindrance::Kept(kept)) => {
+                    drop(exclusive);
+                    self.pages.wait_unkept(kept);
+                }
+            }
+        }
+    }
+
+    /// Refuses while the program keeps one of these pages pinned. The caller blocks the gate, and has changed nothing yet.
+    pub(crate) fn none_kept(&self, pages: Range<u64>) -> std::result::Result<(), Hindrance> {
+        match self.pages.kept_page(pages) {
+            Some(kept) => Err(Hindrance::Kept(kept)),
+            None => Ok(()),
+        }
     }
 
     /// Returns how long a write from `from` to `to` may make the file, so that EFBIG comes from the write and not from
@@ -303,10 +331,11 @@ impl Inode {
         }
     }
 
-    pub(crate) fn set_len_locked(&self, len: u64) -> Result<()> {
+    pub(crate) fn set_len_locked(&self, len: u64) -> std::result::Result<(), Hindrance> {
         let old = self.pages.end();
         let _blocked = self.pages.gate().block();
         if len < old {
+            self.none_kept(len.div_ceil(PAGE_SIZE)..u64::MAX)?;
             self.cut_locked(old, len)?;
         } else {
             self.pages.zero_past_end(old);
@@ -370,6 +399,21 @@ impl Inode {
         self.note_growth(old);
         self.forget_modified();
         Reload::Done
+    }
+}
+
+/// Why pages were not dropped.
+#[derive(Debug)]
+pub(crate) enum Hindrance {
+    /// The program keeps one pinned: to be waited for, with nothing held.
+    Kept(Kept),
+    /// It failed.
+    Error(Error),
+}
+
+impl From<Error> for Hindrance {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
     }
 }
 

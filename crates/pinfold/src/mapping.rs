@@ -447,7 +447,7 @@ impl Mapping {
     /// memory, mapped, and stay so. With `write` they may be stored to.
     ///
     /// Cutting the file there, punching or moving those bytes waits until the result is dropped: not a thing for the thread
-    /// that keeps it. Direct writes over them go through the cache meanwhile.
+    /// that keeps it. They wait with nothing held, so that all else goes on. Direct writes over them go through the cache meanwhile.
     ///
     /// # Errors
     /// What an access would get SIGBUS for; `EFAULT` beyond the end of the file; `ENOMEM` when a quarter of the budget is

@@ -13,7 +13,7 @@ use pinfold_store::{Rearrange, StoreResult};
 
 use crate::error::{Error, Result};
 use crate::file::File;
-use crate::inode::Inode;
+use crate::inode::{Hindrance, Inode};
 
 /// What [`File::allocate`] does with a range, as the modes of fallocate(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,29 +53,11 @@ impl File {
         }
         let _quiet = self.enter(OPERATION)?;
         let inode = self.inode();
-        let _exclusive = inode.lock_exclusive();
-        match mode {
-            AllocateMode::Extend | AllocateMode::KeepSize => {
-                inode
-                    .object()
-                    .allocate(range.clone())
-                    .map_err(|error| Error::store(OPERATION, error))?;
-                if mode == AllocateMode::Extend {
-                    grow(inode, range.end)?;
-                }
-            }
-            AllocateMode::Punch => zero(inode, &range, false)?,
-            AllocateMode::ZeroExtend | AllocateMode::ZeroKeepSize => {
-                zero(inode, &range, true)?;
-                if mode == AllocateMode::ZeroExtend {
-                    grow(inode, range.end)?;
-                }
-            }
-            AllocateMode::Collapse => shift(inode, Rearrange::Collapse, &range)?,
-            AllocateMode::Insert => shift(inode, Rearrange::Insert, &range)?,
-        }
-        inode.touch_modified();
-        Ok(())
+        inode.exclusively(|| {
+            change(inode, mode, &range)?;
+            inode.touch_modified();
+            Ok(())
+        })
     }
 
     /// Makes a range read as zeros and gives its space back; the size stays.
@@ -87,7 +69,34 @@ impl File {
     }
 }
 
-fn grow(inode: &Inode, end: u64) -> Result<()> {
+/// What a change of a range came to. It is made again after a page was met that the program keeps.
+type Changed = std::result::Result<(), Hindrance>;
+
+fn change(inode: &Inode, mode: AllocateMode, range: &Range<u64>) -> Changed {
+    match mode {
+        AllocateMode::Extend | AllocateMode::KeepSize => {
+            inode
+                .object()
+                .allocate(range.clone())
+                .map_err(|error| Error::store("allocate space in", error))?;
+            if mode == AllocateMode::Extend {
+                grow(inode, range.end)?;
+            }
+        }
+        AllocateMode::Punch => zero(inode, range, false)?,
+        AllocateMode::ZeroExtend | AllocateMode::ZeroKeepSize => {
+            zero(inode, range, true)?;
+            if mode == AllocateMode::ZeroExtend {
+                grow(inode, range.end)?;
+            }
+        }
+        AllocateMode::Collapse => shift(inode, Rearrange::Collapse, range)?,
+        AllocateMode::Insert => shift(inode, Rearrange::Insert, range)?,
+    }
+    Ok(())
+}
+
+fn grow(inode: &Inode, end: u64) -> Changed {
     if end > inode.len() {
         inode.set_len_locked(end)?;
     }
@@ -95,10 +104,12 @@ fn grow(inode: &Inode, end: u64) -> Result<()> {
 }
 
 /// Zeroes a range: whole pages in the store, edges in the cache.
-fn zero(inode: &Inode, range: &Range<u64>, reserve: bool) -> Result<()> {
+fn zero(inode: &Inode, range: &Range<u64>, reserve: bool) -> Changed {
     let end = inode.len();
     let whole = range.start.div_ceil(PAGE_SIZE) * PAGE_SIZE..range.end / PAGE_SIZE * PAGE_SIZE;
     if whole.start < whole.end {
+        let _blocked = inode.pages().gate().block();
+        inode.none_kept(whole.start / PAGE_SIZE..whole.end / PAGE_SIZE)?;
         zero_pages(inode, &whole, reserve)
             .map_err(|error| Error::store("punch a hole in", error))?;
     }
@@ -117,10 +128,9 @@ fn zero(inode: &Inode, range: &Range<u64>, reserve: bool) -> Result<()> {
     Ok(())
 }
 
-/// Zeroes whole pages in the store and drops them from the cache.
+/// Zeroes whole pages in the store and drops them from the cache. The caller blocks the gate.
 fn zero_pages(inode: &Inode, whole: &Range<u64>, reserve: bool) -> StoreResult<()> {
     let (pages, object) = (inode.pages(), inode.object());
-    let _blocked = pages.gate().block();
     let tell = || {
         if reserve {
             object.rearrange(Rearrange::Zero, whole.clone())
@@ -170,7 +180,7 @@ fn zero_edge(inode: &Inode, bytes: Range<u64>) -> Result<()> {
 }
 
 /// Moves everything behind a range: all of it has to be in the store first, and leaves the cache.
-fn shift(inode: &Inode, how: Rearrange, range: &Range<u64>) -> Result<()> {
+fn shift(inode: &Inode, how: Rearrange, range: &Range<u64>) -> Changed {
     const OPERATION: &str = "move a range of";
     let end = inode.len();
     let len = range.end - range.start;
@@ -182,9 +192,12 @@ fn shift(inode: &Inode, how: Rearrange, range: &Range<u64>) -> Result<()> {
         Rearrange::Zero => true,
     };
     if !fits {
-        return Err(Error::invalid(OPERATION, Errno::EINVAL).at_range(range.clone()));
+        return Err(Error::invalid(OPERATION, Errno::EINVAL)
+            .at_range(range.clone())
+            .into());
     }
     let _blocked = inode.pages().gate().block();
+    inode.none_kept(range.start / PAGE_SIZE..u64::MAX)?;
     inode.pages().harvest(0..u64::MAX, Harvest::Withdraw);
     inode
         .flush_range(0..u64::MAX)

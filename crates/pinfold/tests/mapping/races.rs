@@ -204,3 +204,45 @@ fn mappings_come_and_go_under_faults() {
         });
     });
 }
+
+/// D-4, E-10: whoever pins several pages has some of them while others are brought in, and may call and fault while he has
+/// them; truncation and punching wait for those pages, with nothing that he could want.
+#[test]
+fn pins_that_a_program_keeps_and_truncation_wait_for_no_circle() {
+    everywhere(|rig| {
+        let file = rig.file("a", 8 * PAGE, 1);
+        let map = rig.map(&file, MapAccess::Write);
+        let until = Instant::now() + FOR;
+        thread::scope(|scope| {
+            for write in [false, true] {
+                let (map, file) = (&map, &file);
+                scope.spawn(move || {
+                    while Instant::now() < until {
+                        match map.pin(2 * PAGE..8 * PAGE, write) {
+                            Ok(pinned) => {
+                                assert_eq!(pinned.pages(), 6);
+                                assert_eq!(file.write_at(b"beside", 3 * PAGE as u64).unwrap(), 6);
+                                store(map, PAGE, 1);
+                            }
+                            Err(error) => assert_eq!(error.errno(), Errno::EFAULT),
+                        }
+                    }
+                });
+            }
+            for hole in [0, 4 * PAGE as u64] {
+                let file = &file;
+                scope.spawn(move || {
+                    while Instant::now() < until {
+                        file.punch(hole..hole + 3 * PAGE as u64).unwrap();
+                    }
+                });
+            }
+            scope.spawn(|| {
+                while Instant::now() < until {
+                    file.set_len(6 * PAGE as u64 + 100).unwrap();
+                    file.set_len(8 * PAGE as u64).unwrap();
+                }
+            });
+        });
+    });
+}
