@@ -53,6 +53,8 @@ mod checked {
         static HELD: Counts = const { Counts([const { Cell::new(0) }; Rank::ALL.len()]) };
         /// Transfers of this thread that hold pins.
         static PINS: Cell<u32> = const { Cell::new(0) };
+        /// Whether this thread may bring memory in with a gate held.
+        static UNDER_GATE: Cell<bool> = const { Cell::new(false) };
     }
 
     impl Counts {
@@ -136,19 +138,41 @@ mod checked {
         }
     }
 
+    /// Evidence that this thread may bring memory in with an inode's lock and a gate held.
+    #[derive(Debug)]
+    pub struct UnderGate(std::marker::PhantomData<*const ()>);
+
+    /// Takes the exception from [`rule_zero`] that the `faults_disabled_mapping` mode lives by, until the result is dropped:
+    /// classes 1 and 4 may be held, a glock never.
+    #[must_use]
+    pub fn permit_under_gate() -> UnderGate {
+        UNDER_GATE.set(true);
+        UnderGate(std::marker::PhantomData)
+    }
+
+    impl Drop for UnderGate {
+        fn drop(&mut self) {
+            UNDER_GATE.set(false);
+        }
+    }
+
     /// Asserts INV9: this thread holds no lock of the library, and no pins.
     ///
     /// # Panics
-    /// When it holds one.
+    /// When it holds one, but for what [`permit_under_gate`] allows.
     #[track_caller]
     pub fn rule_zero(place: &str) {
         assert!(
             PINS.get() == 0,
             "rule zero broken at {place}: pages are pinned"
         );
+        let allowed =
+            |rank: Rank| UNDER_GATE.get() && matches!(rank, Rank::Inode | Rank::Invalidate);
         HELD.with(|held| {
             assert!(
-                held.highest().is_none(),
+                Rank::ALL
+                    .into_iter()
+                    .all(|rank| held.of(rank).get() == 0 || allowed(rank)),
                 "rule zero broken at {place}: holding {held:?}"
             );
         });
@@ -185,12 +209,25 @@ mod checked {
         PinsHeld(std::marker::PhantomData)
     }
 
+    /// Evidence of an exception from rule zero; empty in release builds.
+    #[derive(Debug)]
+    pub struct UnderGate(std::marker::PhantomData<*const ()>);
+
+    /// Does nothing in release builds.
+    #[must_use]
+    #[inline(always)]
+    pub fn permit_under_gate() -> UnderGate {
+        UnderGate(std::marker::PhantomData)
+    }
+
     /// Does nothing in release builds.
     #[inline(always)]
     pub fn rule_zero(_place: &str) {}
 }
 
-pub use checked::{Held, PinsHeld, enter, hold_pins, leave, rule_zero};
+pub use checked::{
+    Held, PinsHeld, UnderGate, enter, hold_pins, leave, permit_under_gate, rule_zero,
+};
 
 /// A guard together with its place in the order.
 #[derive(Debug)]
@@ -309,6 +346,33 @@ mod tests {
     #[should_panic(expected = "rule zero broken")]
     fn a_fault_while_pages_are_pinned_panics() {
         let _pins = hold_pins();
+        rule_zero("test");
+    }
+
+    #[test]
+    fn under_a_gate_memory_is_brought_in_by_permission_alone() {
+        let _gate = enter(Rank::Invalidate);
+        {
+            let _permit = permit_under_gate();
+            rule_zero("test");
+        }
+        let still = std::panic::catch_unwind(|| rule_zero("test"));
+        assert!(still.is_err(), "the permission outlived its guard");
+    }
+
+    #[test]
+    #[should_panic(expected = "rule zero broken")]
+    fn no_permission_covers_a_folio() {
+        let _permit = permit_under_gate();
+        let _folio = enter(Rank::Folio);
+        rule_zero("test");
+    }
+
+    #[test]
+    #[should_panic(expected = "rule zero broken")]
+    fn no_permission_covers_a_glock() {
+        let _permit = permit_under_gate();
+        let _glock = enter(Rank::Glock);
         rule_zero("test");
     }
 

@@ -79,6 +79,8 @@ counter_set! {
         stores_found,
         /// Pages moved from the arena to the window of their file.
         moved,
+        /// Times a gate was let go because its holder needed an earlier one (the `faults_disabled_mapping` mode alone).
+        gates_dropped,
         /// Pages pinned for device I/O.
         foll_pin_acquired,
         /// Pins given back; equal to those acquired when nothing is under way.
@@ -177,7 +179,6 @@ pub struct Cache {
     /// Bumped when a frame or a dirty slot may have become free.
     pub(crate) progress: Mutex<u64>,
     pub(crate) progressed: Condvar,
-    next_file: AtomicU64,
 }
 
 impl fmt::Debug for Cache {
@@ -214,7 +215,6 @@ impl Cache {
             flusher: Flusher::default(),
             progress: Mutex::new(0),
             progressed: Condvar::new(),
-            next_file: AtomicU64::new(1),
         }))
     }
 
@@ -279,10 +279,6 @@ impl Cache {
     /// Lists every header, those of frames before those of slots: a page only ever moves towards the end.
     pub(crate) fn headers(&self) -> impl Iterator<Item = &Header> {
         self.headers.iter().chain(self.slots.headers())
-    }
-
-    pub(crate) fn next_file(&self) -> u64 {
-        self.next_file.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Sees to what the last reference of a frame found: somebody to wake, or a page that has moved away under it.

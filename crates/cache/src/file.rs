@@ -37,6 +37,9 @@ const SPARE_MAX: usize = 4096;
 /// Ranges up to this many pages are probed page by page rather than by a walk over all frames.
 const PROBE_PAGES_MIN: u64 = 1024;
 
+/// The next file's number.
+static NEXT_FILE: AtomicU64 = AtomicU64::new(1);
+
 /// Told after a write-back pass has stored something of the file: to put times right again.
 pub trait Owner: Send + Sync {
     /// Called with nothing held.
@@ -125,7 +128,7 @@ impl FilePages {
     #[must_use]
     pub fn new(cache: &Arc<Cache>, object: Arc<dyn Object>, end: u64) -> Arc<Self> {
         Arc::new(Self {
-            id: cache.next_file(),
+            id: NEXT_FILE.fetch_add(1, Ordering::Relaxed),
             cache: Arc::clone(cache),
             object,
             homes: Arc::new(Homes::new(Arc::clone(&cache.arena))),
@@ -177,6 +180,7 @@ impl FilePages {
         &self.homes
     }
 
+    /// Returns the file's number, unlike any other's in the process: where two gates must be waited for, the order.
     pub(crate) fn id(&self) -> u64 {
         self.id
     }
@@ -389,7 +393,7 @@ impl FilePages {
     ) -> Result<Option<PageRef<'_>>, CacheError> {
         let limit = SYNC_PAGES_MAX.min(self.window_max().max(1));
         let pages = want.pages.clamp(1, limit);
-        let gate = self.gate.add();
+        let gate = self.add()?;
         let Some(folios) = self.insert_run(page, pages)? else {
             return Ok(None);
         };

@@ -2,7 +2,8 @@
 //!
 //! ADD (pages may be inserted) is shared by fillers, BLOCK (they may not) by direct writes, truncation and punches;
 //! the two exclude each other. It is fair: a waiting BLOCK stops new ADDs and the other way round, in batches, which
-//! is safe only because nobody holds either while a fault is resolved (D-3).
+//! is safe only because nobody holds either while a fault is resolved (D-3); [`fdm`](crate::fdm), which does, never asks for
+//! the gate that it holds.
 
 use pinfold_base::rank::{self, Held, Rank};
 use pinfold_base::sync::{AtomicI64, Condvar, Mutex, Ordering};
@@ -100,6 +101,20 @@ impl Gate {
             gate: self,
             _held: held,
         }
+    }
+
+    /// Lets a gate that the calling thread blocks go for the time of `meanwhile`, which may wait for another one.
+    pub(crate) fn unblocked(&self, meanwhile: impl FnOnce()) {
+        /// Blocks the gate again, panics included: the guard of it is still about.
+        struct Again<'a>(&'a Gate);
+        impl Drop for Again<'_> {
+            fn drop(&mut self) {
+                self.0.enter(Side::Block);
+            }
+        }
+        self.leave(Side::Block);
+        let _again = Again(self);
+        meanwhile();
     }
 
     #[inline]

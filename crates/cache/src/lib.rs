@@ -27,6 +27,7 @@
 pub mod cache;
 pub mod dirty;
 pub mod errseq;
+pub mod fdm;
 pub mod file;
 pub mod folio;
 pub mod gate;
@@ -38,6 +39,7 @@ pub mod pin;
 pub mod policy;
 pub mod readahead;
 mod room;
+pub mod schemes;
 pub mod separation;
 mod slots;
 pub mod state;
@@ -52,9 +54,10 @@ use pinfold_store::StoreError;
 
 pub use cache::{Cache, CacheConfig, CacheSnapshot, Census, MEMORY_MIN};
 pub use errseq::{ErrSeq, Sample};
+pub use fdm::Brought;
 pub use file::{FilePages, Owner, Want};
 pub use folio::Folio;
-pub use gate::Gate;
+pub use gate::{BlockGuard, Gate};
 pub use lease::{Lease, PageRef};
 pub use map::{AROUND_MAX, Here, MapOutcome, MapTarget, ReverseMap};
 pub use pin::{Kept, PagePin, PinRefusal, PinSite};

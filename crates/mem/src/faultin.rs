@@ -12,7 +12,7 @@ use rustix::mm::{Advice, madvise};
 
 use crate::copy::{Access, copy_nofault};
 use crate::iov::{Direction, IovCursor};
-use crate::mapped;
+use crate::mapped::{self, Extent};
 use crate::span::RawSpan;
 
 const PAGE: usize = 4096;
@@ -130,6 +130,35 @@ pub fn fault_in_cursor(cursor: &IovCursor<'_>, bytes: usize) -> usize {
         }
     }
     left
+}
+
+/// Brings in what of the next `bytes` of a cursor lies in mappings and touches no other memory; false when some of it
+/// could not be.
+#[must_use]
+pub fn fault_in_cursor_mapped(cursor: &IovCursor<'_>, bytes: usize) -> bool {
+    let access = match cursor.direction() {
+        Direction::Source => Access::Read,
+        Direction::Target => Access::Write,
+    };
+    CALLS.bump();
+    let mut left = bytes;
+    for span in cursor.spans_ahead() {
+        let len = span.len.min(left);
+        let mut at = 0;
+        while at < len {
+            let addr = span.addr.wrapping_add(at);
+            at += match mapped::extent(addr, len - at) {
+                Extent::Plain(plain) => plain,
+                Extent::Mapped(_) => match fault_in_mapped(addr, len - at, access) {
+                    Some((part, 0)) => part,
+                    // Short of it, or unmapped since it was looked up.
+                    Some(_) | None => return false,
+                },
+            };
+        }
+        left -= len;
+    }
+    true
 }
 
 #[cfg(test)]

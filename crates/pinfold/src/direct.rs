@@ -7,7 +7,8 @@
 //! range first. Bytes the device moved before a bad buffer are told: the prefix, not the error.
 //!
 //! *Locking*: inode lock, gate, and last the pins of buffers that are mapped from files; those are back before anything
-//! else is taken. Memory that is not there is brought in with nothing held, and what was checked is checked again.
+//! else is taken. Memory that is not there is brought in with nothing held, and what was checked is checked again. (An
+//! optional mode, in a module of its own, tries that with the gate blocked first.)
 //!
 //! ```text
 //!  round: lock, block the gate, drop cached pages | pin, transfer, unpin | drop cached pages, let go of all
@@ -17,6 +18,8 @@
 //!    |- a cached page will not go ───► through the cache, and store it from there (T40)
 //!    '- plain memory refused ────────► what is accessible of it, then EFAULT
 //! ```
+
+mod fdm;
 
 use pinfold_base::{Errno, PAGE_SIZE, Progress, page_span};
 use pinfold_cache::{CacheError, Harvest};
@@ -466,18 +469,32 @@ fn write_locked(
             Stop::Refused(Error::cache("write", CacheError::WouldBlock)),
         );
     }
-    let _blocked = pages.gate().block();
-    let moved = past_cache(inode, offset, count, || {
-        let (moved, _) = transfer(inode, cursor, |segments| {
-            object.write_wait(offset, segments)
-        });
-        if met_bad_memory(cursor, &moved) {
-            return forget_prefix(inode);
-        }
-        moved
-    });
+    let blocked = pages.gate().block();
+    let moved = if inode.engine().faults_disabled_mapping && !how.nowait && touches_mappings(cursor)
+    {
+        fdm::write(inode, cursor, offset, &blocked)
+    } else {
+        past_cache(inode, offset, count, || {
+            store(inode, cursor, |segments| {
+                object.write_wait(offset, segments)
+            })
+        })
+    };
     // At most the cursor's count.
     cursor.advance(moved.done as usize);
+    moved
+}
+
+/// Has `submit` store what the cursor names, as far as it can be lent at once; does not advance the cursor.
+fn store(
+    inode: &Inode,
+    cursor: &mut IovCursor<'_>,
+    submit: impl Fn(&Segments) -> Progress<StoreError>,
+) -> Progress<Stop> {
+    let (moved, _) = transfer(inode, cursor, submit);
+    if met_bad_memory(cursor, &moved) {
+        return forget_prefix(inode);
+    }
     moved
 }
 

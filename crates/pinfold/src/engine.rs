@@ -24,6 +24,8 @@ pub struct Engine {
     pub(crate) cache: Arc<Cache>,
     /// Whether RLIMIT_FSIZE of this process binds writers.
     pub(crate) file_size_limit: bool,
+    /// Whether direct writes bring their sources in with the gate blocked.
+    pub(crate) faults_disabled_mapping: bool,
     room: Room,
     /// How long the store may take, where that is limited.
     pub(crate) time_limit: Option<Arc<TimeLimit>>,
@@ -72,6 +74,7 @@ impl Engine {
     pub(crate) fn new(
         cache: Arc<Cache>,
         file_size_limit: bool,
+        faults_disabled_mapping: bool,
         privileges: RangeInclusive<Privilege>,
         time_limit: Option<Arc<TimeLimit>>,
     ) -> Arc<Self> {
@@ -79,6 +82,7 @@ impl Engine {
             cache,
             file_size_limit,
             time_limit,
+            faults_disabled_mapping,
             process: Process::current(),
             submitted: Arc::default(),
             pinned_pages: AtomicU64::new(0),

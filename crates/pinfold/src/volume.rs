@@ -94,6 +94,7 @@ pub struct VolumeBuilder {
     config: CacheConfig,
     io_uring: bool,
     file_size_limit: bool,
+    faults_disabled_mapping: bool,
     privileges: RangeInclusive<Privilege>,
     layer: Option<ObjectLayer>,
     store_timeout: Option<Duration>,
@@ -167,6 +168,15 @@ impl VolumeBuilder {
         self
     }
 
+    /// Sets whether a direct write from mapped memory that is not there brings it in with its own file blocked, as bcachefs
+    /// does, instead of with nothing held. For comparing the two (docs/decisions/0008): results are the same, nothing is
+    /// gained by it, and it cannot work between nodes.
+    #[must_use]
+    pub fn faults_disabled_mapping(mut self, on: bool) -> Self {
+        self.faults_disabled_mapping = on;
+        self
+    }
+
     /// Restricts how a userfaultfd for mappings may be had; any way unless set.
     #[must_use]
     pub fn mapping_privileges(mut self, privileges: RangeInclusive<Privilege>) -> Self {
@@ -237,7 +247,13 @@ impl VolumeBuilder {
             Error::invalid("start write-back for", Errno::from(&error)).at_path(path)
         })?;
         let limit = self.store_timeout.map(TimeLimit::new);
-        let engine = Engine::new(cache, self.file_size_limit, self.privileges, limit);
+        let engine = Engine::new(
+            cache,
+            self.file_size_limit,
+            self.faults_disabled_mapping,
+            self.privileges,
+            limit,
+        );
         let faults = engine.faults();
         let tree = Tree::new(namespace, Arc::clone(&engine), rings, self.layer);
         let shared = Arc::new(Shared {
@@ -267,6 +283,7 @@ impl Volume {
             config: CacheConfig::default(),
             io_uring: true,
             file_size_limit: true,
+            faults_disabled_mapping: false,
             privileges: Privilege::ANY,
             layer: None,
             store_timeout: None,

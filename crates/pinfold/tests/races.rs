@@ -7,6 +7,8 @@
     reason = "mapped bytes are handed to calls as buffers, as programs do"
 )]
 
+#[path = "races/fdm.rs"]
+mod fdm;
 #[path = "races/pending.rs"]
 mod pending;
 #[path = "races/pins.rs"]

@@ -9,7 +9,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use pinfold::Delivery;
+use pinfold::{Delivery, Volume};
 use serde::{Deserialize, Serialize};
 
 use crate::fs::Fs;
@@ -30,6 +30,9 @@ pub enum Backend {
         /// Who serves faults in its mappings.
         #[serde(default)]
         faults: Faults,
+        /// Whether direct writes bring cold sources in with the gate blocked.
+        #[serde(default)]
+        faults_disabled_mapping: bool,
     },
 }
 
@@ -49,23 +52,35 @@ impl Backend {
     pub const SMALL: Self = Self::Pinfold {
         memory: 64 * 4096,
         faults: Faults::Handler,
+        faults_disabled_mapping: false,
     };
     /// A comfortable budget: 64 MiB.
     pub const ROOMY: Self = Self::Pinfold {
         memory: 64 << 20,
         faults: Faults::Handler,
+        faults_disabled_mapping: false,
     };
 
     /// The same, with faults served by the faulting thread.
     #[must_use]
-    pub const fn inline(self) -> Self {
-        match self {
-            Self::Kernel => self,
-            Self::Pinfold { memory, .. } => Self::Pinfold {
-                memory,
-                faults: Faults::Inline,
-            },
+    pub const fn inline(mut self) -> Self {
+        if let Self::Pinfold { faults, .. } = &mut self {
+            *faults = Faults::Inline;
         }
+        self
+    }
+
+    /// The same, in the volume's `faults_disabled_mapping` mode.
+    #[must_use]
+    pub const fn faults_disabled_mapping(mut self) -> Self {
+        if let Self::Pinfold {
+            faults_disabled_mapping,
+            ..
+        } = &mut self
+        {
+            *faults_disabled_mapping = true;
+        }
+        self
     }
 }
 
@@ -130,17 +145,21 @@ impl Target {
             Backend::Kernel => {
                 Box::new(Kernel::new(&self.dir).map_err(|errno| format!("{dir}: {errno}"))?)
             }
-            Backend::Pinfold { memory, faults } => {
+            Backend::Pinfold {
+                memory,
+                faults,
+                faults_disabled_mapping,
+            } => {
                 let delivery = match faults {
                     Faults::Handler => Delivery::Handler,
                     Faults::Inline => Delivery::Inline,
                 };
-                Box::new(Library::new(
-                    &self.dir,
-                    part.unwrap_or("volume"),
-                    memory,
-                    delivery,
-                )?)
+                let dir = &self.dir;
+                let builder = Volume::builder()
+                    .memory(memory)
+                    .faults_disabled_mapping(faults_disabled_mapping);
+                let part = part.unwrap_or("volume");
+                Box::new(Library::new(dir, part, memory, delivery, builder)?)
             }
         };
         Ok(match self.mutation {
@@ -154,7 +173,11 @@ impl Target {
     pub fn label(&self) -> String {
         match self.backend {
             Backend::Kernel => "kernel".into(),
-            Backend::Pinfold { memory, faults } => {
+            Backend::Pinfold {
+                memory,
+                faults,
+                faults_disabled_mapping,
+            } => {
                 let (amount, unit) = if memory < 1 << 20 {
                     (memory >> 10, "KiB")
                 } else {
@@ -164,7 +187,8 @@ impl Target {
                     Faults::Handler => "",
                     Faults::Inline => ", inline",
                 };
-                format!("pinfold {amount} {unit}{inline}")
+                let fdm = if faults_disabled_mapping { ", fdm" } else { "" };
+                format!("pinfold {amount} {unit}{inline}{fdm}")
             }
         }
     }
@@ -188,5 +212,8 @@ mod tests {
         assert_eq!(target.to_string(), "pinfold 256 KiB:/a b");
         let inline = Target::pinfold(Path::new("/d"), Backend::ROOMY.inline());
         assert_eq!(inline.to_string(), "pinfold 64 MiB, inline:/d");
+        let other = Backend::SMALL.faults_disabled_mapping();
+        let other = Target::pinfold(Path::new("/d"), other);
+        assert_eq!(other.to_string(), "pinfold 256 KiB, fdm:/d");
     }
 }

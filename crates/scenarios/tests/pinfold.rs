@@ -94,6 +94,31 @@ fn mappings_with_inline_faults_pass_with_64_mebibytes() {
     with_faults_served_inline(Backend::ROOMY);
 }
 
+/// The scenarios of direct writes: those that it matters to when cold memory is brought in.
+const DIRECT: &[&str] = &[
+    "T28", "T29", "T30", "T31", "T32", "T33", "T34", "T35", "T36", "T37", "T38", "T39", "T40",
+    "T41", "T45", "T46",
+];
+
+fn with_faults_disabled_mapping(backend: Backend) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut scenarios = common::scenarios();
+    scenarios.retain(|scenario| DIRECT.contains(&scenario.number));
+    let target = Target::pinfold(dir.path(), backend.faults_disabled_mapping());
+    judged(&common::run_with(target, scenarios, |_| {}));
+    assert!(common::is_empty(dir.path()));
+}
+
+#[test]
+fn direct_io_in_the_faults_disabled_mapping_mode_passes_with_64_pages() {
+    with_faults_disabled_mapping(Backend::SMALL);
+}
+
+#[test]
+fn direct_io_in_the_faults_disabled_mapping_mode_passes_with_64_mebibytes() {
+    with_faults_disabled_mapping(Backend::ROOMY.inline());
+}
+
 #[test]
 fn the_suite_passes_on_the_library_on_xfs() {
     let dir = tempfile::tempdir().unwrap();

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, Weak};
 
 use pinfold::{
     Advice, AllocateMode, Delivery, Errno, File, IoOptions, MapAccess, MapOptions, Mapping,
-    OpenOptions, Progress, Volume,
+    OpenOptions, Progress, Volume, VolumeBuilder,
 };
 use pinfold_mem::Direction;
 use pinfold_mem::region::view::{Sharing, View};
@@ -47,13 +47,19 @@ impl fmt::Debug for Library {
 }
 
 impl Library {
-    /// Opens a volume on the subdirectory `name` of `dir` that may use `memory` bytes and has faults served as `delivery` says.
+    /// Opens the volume that `builder` describes on the subdirectory `name` of `dir`; it may use `memory` bytes, others that a
+    /// scenario asks for as much, and all have faults served as `delivery` says.
     ///
     /// # Errors
     /// As the volume's builder.
-    pub fn new(dir: &Path, name: &str, memory: u64, delivery: Delivery) -> Result<Self, String> {
-        let volume = Volume::builder()
-            .memory(memory)
+    pub fn new(
+        dir: &Path,
+        name: &str,
+        memory: u64,
+        delivery: Delivery,
+        builder: VolumeBuilder,
+    ) -> Result<Self, String> {
+        let volume = builder
             .file_size_limit(true)
             .open_dir(subdirectory(dir, name)?)
             .map_err(|error| error.to_string())?;
