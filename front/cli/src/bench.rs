@@ -19,6 +19,7 @@ use serde::Serialize;
 
 use crate::mount::Size;
 
+mod direct;
 mod fio;
 mod group;
 mod instructions;
@@ -106,7 +107,7 @@ struct Plan {
 type Run = fn(&Plan) -> Result<Vec<Row>>;
 
 /// The groups, in the order they run.
-const GROUPS: [(&str, &str, Run); 7] = [
+const GROUPS: [(&str, &str, Run); 8] = [
     (
         "resident",
         "4 KiB reads and overwrites of cached pages",
@@ -126,6 +127,11 @@ const GROUPS: [(&str, &str, Run); 7] = [
         "mapped",
         "loads and stores through mappings, beside the kernel's",
         mapped::run,
+    ),
+    (
+        "direct",
+        "direct I/O, pins, the two-state lock, when faults are taken",
+        direct::run,
     ),
     (
         "memory",

@@ -66,7 +66,7 @@ impl Two {
             file.set_len(PAGES as u64 * P).unwrap();
             let how = MapOptions::new().access(MapAccess::Write);
             Side {
-                direct: volume.open(name, &options.clone().direct(true)).unwrap(),
+                direct: volume.open(name, &options.direct(true)).unwrap(),
                 map: file.map(0..PAGES as u64 * P, &how).unwrap(),
                 slow: Arc::clone(slow),
                 file,
@@ -82,7 +82,7 @@ impl Two {
         }
     }
 
-    fn dropped(&self) -> u64 {
+    fn let_go(&self) -> u64 {
         self.volume.statistics().cache.gates_dropped
     }
 
@@ -129,7 +129,7 @@ fn d5_t46_pages_cached_while_the_gate_was_open_are_dropped_again() {
                 let source = two.early.source(0, 4);
                 two.late.direct.write_at(source, 0).unwrap()
             });
-            until(|| two.dropped() > 0);
+            until(|| two.let_go() > 0);
             // The page comes back with its old bytes, and dirty, so that it does not go by itself.
             assert_eq!(two.late.map.write(100, b"x").unwrap(), 1);
             assert!(!writer.is_finished());
@@ -181,7 +181,7 @@ fn a_later_gate_is_waited_for_with_the_own_one_blocked() {
             assert_eq!(writer.join().unwrap(), 4 * PAGE);
             all(&reader.join().unwrap(), b'l', "read during the write");
         });
-        assert_eq!(two.dropped(), 0);
+        assert_eq!(two.let_go(), 0);
         two.at_rest();
     });
 }
@@ -216,7 +216,7 @@ fn d1_writes_that_block_what_the_other_needs_both_end() {
             up.join().unwrap();
             down.join().unwrap();
         });
-        assert!(two.dropped() > 0, "nobody was in anybody's way");
+        assert!(two.let_go() > 0, "nobody was in anybody's way");
         all(&read(&late.file, 4 * P, 2 * PAGE), b'e', "the late file");
         all(&read(&early.file, 4 * P, 2 * PAGE), b'l', "the early file");
         two.at_rest();
@@ -236,7 +236,7 @@ fn d2_a_source_in_the_file_that_is_written_to_ends() {
             assert_eq!(wrote, 4 * PAGE);
         }
         all(&read(&to.file, 0, PAGES * PAGE), b'e', "the file");
-        assert_eq!(two.dropped(), 0);
+        assert_eq!(two.let_go(), 0);
         two.at_rest();
     });
 }
