@@ -327,6 +327,7 @@ mod tests {
         let _inode = enter(Rank::Inode);
     }
 
+    /// INV9.
     #[test]
     #[should_panic(expected = "rule zero broken")]
     fn a_fault_under_a_lock_panics() {
@@ -334,6 +335,7 @@ mod tests {
         rule_zero("test");
     }
 
+    /// E-10.
     #[test]
     #[should_panic(expected = "pins are leaves")]
     fn a_folio_lock_while_pages_are_pinned_panics() {

@@ -224,6 +224,7 @@ mod tests {
         assert!(gate.try_add().is_some());
     }
 
+    /// D-7, D-8: a lost wake-up would be a hang, starvation a count.
     #[test]
     fn the_sides_exclude_each_other_and_neither_starves() {
         let gate = Arc::new(Gate::default());

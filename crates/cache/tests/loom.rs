@@ -490,6 +490,34 @@ fn e4_a_page_pinned_for_writing_is_not_evicted_clean() {
     });
 }
 
+/// E-2: a pin given back and taken again around the test for it is seen, or finds the page gone.
+#[test]
+fn e2_a_page_whose_pin_was_given_back_and_taken_again_is_not_reused_under_it() {
+    loom::model(|| {
+        let page = Page::new(UPTODATE);
+        page.word.pin(PinKind::Read).unwrap();
+        let device = {
+            let page = page.clone();
+            thread::spawn(move || {
+                page.read();
+                page.wake_if(page.word.unpin(PinKind::Read));
+                let again = page.word.pin(PinKind::Read).is_ok();
+                if again {
+                    page.read();
+                    page.wake_if(page.word.unpin(PinKind::Read));
+                }
+                again
+            })
+        };
+        let evicted = page.word.begin_evict();
+        if evicted {
+            page.reuse();
+        }
+        let _again = device.join().unwrap();
+        assert_eq!(evicted, page.word.load() & LOCKED != 0);
+    });
+}
+
 /// T47, E-1: pin and write-back are read-modify-writes of one word, so one of them sees the other. (`loom_schemes.rs` has
 /// the other schemes.)
 #[test]
@@ -541,6 +569,7 @@ fn gate(adders: usize, blockers: usize, preemptions: usize) {
     });
 }
 
+/// D-7.
 #[test]
 fn t44_one_filler_and_one_blocker() {
     gate(1, 1, 4);

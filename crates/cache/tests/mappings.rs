@@ -572,6 +572,7 @@ impl ReverseMap for Forbidden {
     fn protect(&self, _pages: std::ops::Range<u64>) {}
 }
 
+/// F-3, INV1: whoever has seen the old size looks again when he has the page.
 #[test]
 fn t54_a_fault_that_overtakes_a_truncation_maps_nothing_beyond_the_end() {
     type Call = fn(&Arc<FilePages>) -> MapOutcome;

@@ -394,6 +394,7 @@ mod tests {
     use super::*;
     use crate::region_for_tests::Half;
 
+    /// not where a chunk of the copy began.
     #[test]
     fn the_remainder_is_byte_exact_at_every_offset() {
         let half = Half::new();
@@ -458,6 +459,7 @@ mod tests {
         }
     }
 
+    ///
     #[test]
     fn every_routine_stops_at_the_very_byte() {
         let half = Half::new();

@@ -181,6 +181,28 @@ mod tests {
         assert_eq!(fault_in_readable(span(4096, 0)), 0);
     }
 
+    /// the first byte asked for is the one a copy stopped at, which a page's first byte may be no measure of.
+    #[test]
+    fn a2_the_very_byte_is_looked_at_and_then_each_page_s_first() {
+        let asked = std::cell::RefCell::new(Vec::new());
+        let (page, good) = (7 << 30, (7 << 30) + 16);
+        let probe = |addr: usize| {
+            asked.borrow_mut().push(addr);
+            addr < good || addr >= page + PAGE
+        };
+        let span = |addr, len| RawSpan { addr, len };
+        // Sixteen good bytes, then bad ones up to the next page: a record begun again from its start would never end.
+        assert_eq!(walk(span(page, 64), Access::Read, probe), 0);
+        assert_eq!(walk(span(good, 48), Access::Read, probe), 48);
+        let next = walk(span(good + PAGE, 2 * PAGE), Access::Read, probe);
+        assert_eq!(next, 0);
+        let pages = [2, 3].map(|number| page + number * PAGE);
+        assert_eq!(
+            asked.take(),
+            [&[page, good, good + PAGE][..], &pages].concat()
+        );
+    }
+
     #[test]
     fn a_range_that_wraps_is_not_accessible() {
         let span = RawSpan {
@@ -190,8 +212,9 @@ mod tests {
         assert_eq!(fault_in_readable(span), 100);
     }
 
+    /// nothing is stored to memory that others store to at the same time.
     #[test]
-    fn fault_in_for_writing_keeps_live_bytes() {
+    fn a6_fault_in_for_writing_keeps_live_bytes() {
         let mut live = vec![7u8; 10000];
         let span = RawSpan {
             addr: live.as_mut_ptr() as usize,

@@ -459,6 +459,7 @@ mod tests {
         cursor.revert(2);
     }
 
+    /// on every way out.
     #[test]
     fn a_truncation_ends_with_its_scope_whatever_was_moved() {
         let mut out = [0u8; 8];
@@ -473,6 +474,7 @@ mod tests {
         assert_eq!(cursor.count(), 4);
     }
 
+    ///
     #[test]
     fn t05_a_bad_segment_stops_the_copy_and_leaves_the_count_exact() {
         let half = Half::new();

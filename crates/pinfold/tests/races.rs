@@ -7,6 +7,8 @@
     reason = "mapped bytes are handed to calls as buffers, as programs do"
 )]
 
+#[path = "races/cold.rs"]
+mod cold;
 #[path = "races/fdm.rs"]
 mod fdm;
 #[path = "races/pending.rs"]
@@ -17,6 +19,8 @@ mod pins;
 mod rig;
 #[path = "races/scripts.rs"]
 mod scripts;
+#[path = "races/stores.rs"]
+mod stores;
 #[path = "races/storm.rs"]
 mod storm;
 #[path = "races/timeouts.rs"]

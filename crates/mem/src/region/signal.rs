@@ -190,6 +190,35 @@ extern "C" fn count_and_load(signal: libc::c_int) {
 mod tests {
     use super::*;
 
+    /// the verdict on a copy is its own, whatever a handler copied between its fault and its end.
+    #[test]
+    fn a5_copies_in_a_handler_do_not_change_the_verdict_on_the_one_they_interrupt() {
+        let handler = Handler::copying(libc::SIGUSR1).unwrap();
+        // SAFETY: no memory is involved.
+        let me = unsafe { libc::gettid() };
+        let half = crate::region_for_tests::Half::new();
+        let over = std::sync::atomic::AtomicBool::new(false);
+        let mut sink = vec![0u8; 8192];
+        std::thread::scope(|scope| {
+            let sender = scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    send_to_thread(me, libc::SIGUSR1).unwrap();
+                }
+            });
+            while handler.received() < 500 {
+                // SAFETY: reads test memory, writes our own vector.
+                let whole = unsafe { copy_nofault(sink.as_mut_ptr(), half.as_ptr(), 4096) };
+                assert_eq!((whole.done, whole.stop), (4096, None));
+                // SAFETY: as above.
+                let part = unsafe { copy_nofault(sink.as_mut_ptr(), half.as_ptr(), 8192) };
+                assert!(part.done == 4096 && part.stop.is_some());
+            }
+            over.store(true, Ordering::Relaxed);
+            sender.join().unwrap();
+        });
+        assert_eq!(wrong_copies(), 0);
+    }
+
     #[test]
     fn a_signal_to_a_thread_is_counted_and_its_copies_come_out_right() {
         let handler = Handler::copying(libc::SIGUSR2).unwrap();

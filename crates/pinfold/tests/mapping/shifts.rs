@@ -214,6 +214,7 @@ fn a_store_while_the_file_is_shifted_is_not_lost() {
     });
 }
 
+/// F-5.
 #[test]
 fn t55_a_store_while_its_page_is_punched_brings_nothing_back() {
     watched("punch", || {

@@ -125,6 +125,7 @@ fn child() {
     assert!(loads > 100, "{loads} signals are no test");
 }
 
+/// F-9.
 #[test]
 fn t67_handlers_that_touch_mapped_memory_neither_hang_nor_break_calls() {
     watched("handlers", || {

@@ -15,12 +15,12 @@ const P: u64 = 4096;
 
 /// Two files whose stores are slow, or not, as the script likes: the device that is read and written directly, and the file
 /// whose mapping is the buffer.
-struct Pair {
-    volume: Volume,
-    device: File,
-    slow: Arc<DeferredObject>,
-    mapped: File,
-    slow_mapped: Arc<DeferredObject>,
+pub struct Pair {
+    pub volume: Volume,
+    pub device: File,
+    pub slow: Arc<DeferredObject>,
+    pub mapped: File,
+    pub slow_mapped: Arc<DeferredObject>,
     stored: Arc<MemoryObject>,
     map: Mapping,
     _dir: tempfile::TempDir,
@@ -28,7 +28,7 @@ struct Pair {
 
 impl Pair {
     /// The device has 'd' in it, the mapped file 'm', both `pages` long; nothing is cached. Only the device is slow yet.
-    fn new(pages: usize, memory: u64) -> Self {
+    pub fn new(pages: usize, memory: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let slow = DeferredObject::new(MemoryObject::with(&vec![b'd'; pages * PAGE]));
         let stored = MemoryObject::with(&vec![b'm'; pages * PAGE]);
@@ -64,7 +64,7 @@ impl Pair {
     }
 
     /// As [`Pair::new`], with a mapping whose pages are there and dirty with 's', and a store of it that is not slow.
-    fn warm(pages: usize, memory: u64) -> Self {
+    pub fn warm(pages: usize, memory: u64) -> Self {
         let pair = Self::new(pages, memory);
         pair.slow_mapped.open();
         pair.map.write(0, &vec![b's'; pages * PAGE]).unwrap();
@@ -81,14 +81,14 @@ impl Pair {
         self.device.read_at(target, at as u64).unwrap()
     }
 
-    fn source(&self, at: usize, pages: usize) -> &[u8] {
+    pub fn source(&self, at: usize, pages: usize) -> &[u8] {
         assert!(at + pages * PAGE <= self.map.len());
         // SAFETY: inside the mapping; the library makes raw copies of it alone.
         unsafe { std::slice::from_raw_parts(self.map.as_ptr().wrapping_add(at), pages * PAGE) }
     }
 
     /// Writes from the mapping to the device.
-    fn write_out(&self, at: usize, pages: usize) -> usize {
+    pub fn write_out(&self, at: usize, pages: usize) -> usize {
         self.device
             .write_at(self.source(at, pages), at as u64)
             .unwrap()
@@ -102,7 +102,7 @@ impl Pair {
 
     /// Fails unless pins were taken and all of them are back.
     #[track_caller]
-    fn at_rest(&self) {
+    pub fn at_rest(&self) {
         let counted = self.volume.statistics().cache;
         assert!(counted.foll_pin_acquired > 0, "nothing was pinned");
         assert_eq!(counted.foll_pin_acquired, counted.foll_pin_released);
@@ -201,7 +201,7 @@ fn e3_e4_pinned_pages_are_not_evicted() {
     });
 }
 
-/// D-1: whoever writes past the cache waits for those who read its pages, never the other way round.
+/// D-1, D-4: whoever writes past the cache waits for those who read its pages, never the other way round.
 #[test]
 fn d1_d4_writes_from_each_others_mappings_both_end() {
     within(PATIENCE, || {
@@ -232,7 +232,8 @@ fn d1_d4_writes_from_each_others_mappings_both_end() {
     });
 }
 
-/// C-9 and rule zero: nothing is held while the source is brought in; what was checked before is checked again.
+/// C-9, D-5 and rule zero (INV9): nothing is held while the source is brought in; what was checked before is checked again,
+/// and what was cached meanwhile goes once more.
 #[test]
 fn c9_nothing_is_held_while_the_source_is_brought_in() {
     within(PATIENCE, || {
@@ -277,7 +278,7 @@ fn c5_t29_rounds_over_a_cold_source_count_every_byte_once() {
     });
 }
 
-/// C-7, T30: a source in the range that is written is dropped as fast as it is brought in.
+/// C-7, D-2, T30: a source in the range that is written is dropped as fast as it is brought in.
 #[test]
 fn c7_d2_t30_a_source_inside_its_target_ends_by_way_of_a_copy() {
     within(PATIENCE, || {

@@ -259,7 +259,7 @@ fn g4_a_durable_write_that_was_not_stored_hears_of_it_and_later_syncs_do_not() {
     });
 }
 
-/// C-1: what a reader began to fetch before a direct write may not stay cached after it.
+/// C-1, INV5: what a reader began to fetch before a direct write may not stay cached after it.
 #[test]
 fn c1_read_ahead_under_way_does_not_survive_a_direct_write() {
     within(PATIENCE, || {
@@ -342,7 +342,7 @@ fn c10_a_direct_write_that_fails_leaves_nothing_stale_cached() {
     });
 }
 
-/// B-2 and T13: a copy that stops in a page whose other bytes nobody has read leaves no trace.
+/// B-2, INV4 and T13: a copy that stops in a page whose other bytes nobody has read leaves no trace.
 #[test]
 fn b2_a_short_copy_into_a_page_being_made_is_never_seen() {
     within(PATIENCE, || {
