@@ -236,3 +236,6 @@ impl Found {
         Some(start..start + len as u64)
     }
 }
+
+#[cfg(all(test, loom))]
+mod model;

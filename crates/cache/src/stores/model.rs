@@ -1,0 +1,351 @@
+//! The cache's own harvest, write-back and eviction under loom, over a model of what the kernel does to one page-table
+//! entry: every interleaving of a program that stores with those who look for its stores.
+//!
+//! Run with `RUSTFLAGS="--cfg loom" cargo test -p pinfold-cache --release --lib stores::model`.
+//!
+//! The entry, as Linux has it with UFFD_FEATURE_WP_ASYNC (docs/decisions/0007 lists the facts and where they are tested):
+//!
+//! ```text
+//!              install                  store                      "written" to a scan
+//!   EMPTY, marked or not ──► PROTECTED ──────► WRITABLE            WRITABLE, EMPTY without a mark
+//!      ▲                         │  ▲             │
+//!      │ drop: leaves a mark ────┘  └─ protect ───┤
+//!      └──────────────── drop: leaves none ───────┘
+//! ```
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
+
+use std::ops::Range;
+use std::sync::{Arc, OnceLock, Weak};
+
+use loom::sync::Mutex;
+use loom::thread;
+use pinfold_base::Errno;
+use pinfold_mem::uffd::{InstallStop, Installed};
+use pinfold_mem::{Access, Frame, RawSpan};
+use pinfold_store::testing::MemoryObject;
+
+use super::Harvest;
+use crate::{Cache, CacheConfig, FilePages, MEMORY_MIN, MapOutcome, MapTarget, Mode, ReverseMap};
+
+const PAGE: usize = 4096;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Entry {
+    Empty { marked: bool },
+    Protected,
+    Writable,
+}
+
+/// The kernel, with one mapping of one page.
+struct Kernel {
+    /// The page-table lock: what is done under it no processor sees half of.
+    entry: Mutex<Entry>,
+    file: OnceLock<Weak<FilePages>>,
+}
+
+impl Kernel {
+    fn file(&self) -> Arc<FilePages> {
+        self.file.get().and_then(Weak::upgrade).unwrap()
+    }
+
+    fn protect_now(&self) {
+        let mut entry = self.entry.lock().unwrap();
+        *entry = match *entry {
+            Entry::Empty { .. } => Entry::Empty { marked: true },
+            Entry::Protected | Entry::Writable => Entry::Protected,
+        };
+    }
+
+    fn drop_now(&self) {
+        let mut entry = self.entry.lock().unwrap();
+        *entry = match *entry {
+            Entry::Empty { marked } => Entry::Empty { marked },
+            Entry::Protected => Entry::Empty { marked: true },
+            Entry::Writable => Entry::Empty { marked: false },
+        };
+    }
+
+    /// PAGEMAP_SCAN for pages that were written, which protects them in the same step.
+    fn scan(&self) -> bool {
+        let mut entry = self.entry.lock().unwrap();
+        let written = matches!(*entry, Entry::Writable | Entry::Empty { marked: false });
+        *entry = match *entry {
+            Entry::Empty { .. } => Entry::Empty { marked: true },
+            Entry::Protected | Entry::Writable => Entry::Protected,
+        };
+        written
+    }
+
+    /// The program's instruction: faults until it goes through.
+    fn store(&self, byte: u8) {
+        loop {
+            let mut entry = self.entry.lock().unwrap();
+            match *entry {
+                Entry::Writable => {
+                    let file = self.file();
+                    // By the window's own address, whatever the number of the slot.
+                    let slot = Frame(file.homes().arena().frames_max() as u32);
+                    file.homes().write(slot, 0, 0, &[byte]);
+                    return;
+                }
+                // The kernel's own answer to the fault; the instruction is repeated.
+                Entry::Protected => *entry = Entry::Writable,
+                Entry::Empty { .. } => {
+                    drop(entry);
+                    self.fault(Access::Write);
+                }
+            }
+        }
+    }
+
+    fn is_mapped(&self) -> bool {
+        !matches!(*self.entry.lock().unwrap(), Entry::Empty { .. })
+    }
+
+    fn fault(&self, access: Access) {
+        let outcome = self.file().map(0, access, 0..1, None, self);
+        assert_eq!(outcome.unwrap(), MapOutcome::Mapped);
+    }
+}
+
+impl MapTarget for Kernel {
+    fn covers(&self) -> Range<u64> {
+        0..1
+    }
+
+    fn shared(&self) -> bool {
+        true
+    }
+
+    fn tracked(&self) -> bool {
+        true
+    }
+
+    fn copy(&self, _page: u64, _from: RawSpan, _protect: bool) -> Installed {
+        // Then the cache fills the window itself.
+        Installed {
+            pages: 0,
+            stop: Some(InstallStop::Other(Errno::ENOSYS)),
+        }
+    }
+
+    fn resume(&self, _pages: Range<u64>, protect: bool) -> Installed {
+        let mut entry = self.entry.lock().unwrap();
+        if !matches!(*entry, Entry::Empty { .. }) {
+            return Installed {
+                pages: 0,
+                stop: Some(InstallStop::Exists),
+            };
+        }
+        *entry = if protect {
+            Entry::Protected
+        } else {
+            Entry::Writable
+        };
+        Installed {
+            pages: 1,
+            stop: None,
+        }
+    }
+
+    fn unprotect(&self, _pages: Range<u64>) {
+        let mut entry = self.entry.lock().unwrap();
+        if *entry == Entry::Protected {
+            *entry = Entry::Writable;
+        }
+    }
+}
+
+/// The file's mappings, of which there is one.
+struct Mappings(Arc<Kernel>);
+
+impl ReverseMap for Mappings {
+    fn unmap(&self, _pages: Range<u64>) {
+        self.0.drop_now();
+    }
+
+    fn protect(&self, _pages: Range<u64>) {
+        self.0.protect_now();
+    }
+
+    fn tracks(&self, _pages: &Range<u64>) -> bool {
+        true
+    }
+
+    fn stores(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
+        if self.0.scan() {
+            found(pages.clone());
+        }
+    }
+
+    fn withdraw(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
+        self.0.drop_now();
+        self.stores(pages, found);
+    }
+}
+
+/// A file of one page that is mapped for loads, and what stores it.
+struct World {
+    cache: Arc<Cache>,
+    file: Arc<FilePages>,
+    kernel: Arc<Kernel>,
+    store: Arc<MemoryObject>,
+}
+
+impl World {
+    fn new() -> Arc<Self> {
+        let cache = Cache::new(CacheConfig {
+            memory: MEMORY_MIN,
+            ..CacheConfig::default()
+        })
+        .unwrap();
+        let store = MemoryObject::with(&[0; PAGE]);
+        let file = FilePages::new(&cache, store.clone(), PAGE as u64);
+        let kernel = Arc::new(Kernel {
+            entry: Mutex::new(Entry::Empty { marked: false }),
+            file: OnceLock::new(),
+        });
+        kernel.file.set(Arc::downgrade(&file)).unwrap();
+        let reverse = Arc::new(Mappings(Arc::clone(&kernel)));
+        file.open_window(1, reverse).unwrap();
+        file.note_dirty_file();
+        kernel.fault(Access::Read);
+        Arc::new(Self {
+            cache,
+            file,
+            kernel,
+            store,
+        })
+    }
+
+    fn evict(&self) {
+        let mut saved = self.cache.arena.no_charge();
+        self.cache.reclaim(1, &mut saved);
+    }
+
+    fn sync(&self) {
+        self.file.write_back(0..u64::MAX, Mode::Integrity).unwrap();
+    }
+
+    fn stored(&self) -> u8 {
+        self.store.bytes()[0]
+    }
+
+    fn writes(&self) -> u64 {
+        self.cache.statistics().pages_written
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // The list of files that may be dirty has this one in it, and it the cache.
+        self.cache.dirty_files.lock().clear();
+    }
+}
+
+/// Explores with a bound on preemptions: one more takes minutes.
+fn explore(model: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(2);
+    builder.max_branches = 100_000;
+    builder.check(model);
+}
+
+/// Explores `theirs` beside `ours`; then what `ours` has stored must come out of a sync.
+fn beside(theirs: fn(&World), ours: fn(&World)) {
+    explore(move || {
+        let world = World::new();
+        let other = {
+            let world = Arc::clone(&world);
+            thread::spawn(move || theirs(&world))
+        };
+        ours(&world);
+        other.join().unwrap();
+        world.sync();
+        assert_eq!(world.stored(), 1, "a store was lost");
+        // What is clean now may go, and comes back the same.
+        world.evict();
+        world.kernel.store(1);
+        drop(world);
+    });
+}
+
+fn store(world: &World) {
+    world.kernel.store(1);
+}
+
+fn store_and_sync(world: &World) {
+    world.kernel.store(1);
+    world.sync();
+    assert_eq!(
+        world.stored(),
+        1,
+        "a store was lost that came before the sync"
+    );
+}
+
+#[test]
+fn t53_no_store_is_lost_beside_a_sync() {
+    beside(World::sync, store);
+}
+
+#[test]
+fn t53_no_store_is_lost_beside_an_eviction() {
+    beside(World::evict, store);
+}
+
+#[test]
+fn t53_no_store_is_lost_beside_what_takes_entries_away() {
+    beside(|world| world.file.harvest(0..1, Harvest::Withdraw), store);
+}
+
+#[test]
+fn t53_a_sync_stores_what_came_before_it_beside_another() {
+    beside(World::sync, store_and_sync);
+}
+
+#[test]
+fn t53_a_sync_stores_what_came_before_it_beside_an_eviction() {
+    beside(World::evict, store_and_sync);
+}
+
+#[test]
+fn t53_a_sync_stores_what_came_before_it_beside_the_flusher() {
+    let look = |world: &World| world.file.harvest(0..1, Harvest::Try);
+    beside(look, store_and_sync);
+}
+
+/// The page is known to be one that may be stored to without notice before its lock is dropped: from then on another thread
+/// stores through the entry, and looks for that.
+#[test]
+fn t53_a_store_right_after_another_threads_load_is_found() {
+    explore(|| {
+        let world = World::new();
+        world.evict();
+        let loader = {
+            let world = Arc::clone(&world);
+            thread::spawn(move || world.kernel.fault(Access::Read))
+        };
+        if world.kernel.is_mapped() {
+            store_and_sync(&world);
+        }
+        loader.join().unwrap();
+        drop(world);
+    });
+}
+
+#[test]
+fn no_store_is_invented_beside_a_sync_and_an_eviction() {
+    explore(|| {
+        let world = World::new();
+        let other = {
+            let world = Arc::clone(&world);
+            thread::spawn(move || world.evict())
+        };
+        world.sync();
+        other.join().unwrap();
+        assert_eq!((world.writes(), world.stored()), (0, 0));
+        assert!(!world.file.is_known_dirty(0));
+        drop(world);
+    });
+}
