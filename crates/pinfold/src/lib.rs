@@ -33,6 +33,7 @@ mod direct;
 mod directory;
 mod engine;
 mod error;
+mod extents;
 mod file;
 mod inode;
 mod io;
@@ -46,6 +47,7 @@ mod volume;
 
 pub use directory::Directory;
 pub use error::{Error, ErrorKind, Result};
+pub use extents::{EXTENT_RECORD, Extents};
 pub use file::{Access, File};
 pub use io::{CALL_BYTES_MAX, Cancel, IoOptions};
 pub use mapping::{Advice, MapAccess, MapOptions, Mapping, Pinned, Tracking};

@@ -4,7 +4,7 @@
 
 use std::io::{Read, Seek, SeekFrom, Write};
 
-use pinfold::{AllocateMode, Errno, File, OpenOptions, Seek as Find, Volume};
+use pinfold::{AllocateMode, Errno, File, IovCursor, OpenOptions, Seek as Find, Volume};
 
 fn volume(memory: u64) -> (tempfile::TempDir, Volume) {
     let dir = tempfile::tempdir().unwrap();
@@ -165,4 +165,49 @@ fn the_ordinary_case_never_brings_memory_in() {
         file.read_at(&mut buf, i % 50 * 4096).unwrap();
     }
     assert_eq!(volume.statistics().fault_in_calls, before);
+}
+
+/// Lists extents as (start, end, waits to be stored).
+fn extents(file: &File, range: std::ops::Range<u64>, room: usize) -> (Vec<(u64, u64, bool)>, bool) {
+    let mut records = vec![0; room * pinfold::EXTENT_RECORD];
+    let mut into = IovCursor::from_mut_slice(&mut records);
+    let found = file.extents(range, &mut into).unwrap();
+    let word =
+        |record: &[u8], at: usize| u64::from_ne_bytes(record[at..at + 8].try_into().unwrap());
+    let listed = records.chunks(pinfold::EXTENT_RECORD).take(found.records);
+    let listed = listed.map(|record| {
+        let (start, len, flags) = (word(record, 0), word(record, 16), word(record, 40));
+        (start, start + len, flags & 4 != 0)
+    });
+    (listed.collect(), found.more)
+}
+
+#[test]
+fn extents_tell_data_holes_and_what_waits_to_be_stored() {
+    let (_dir, volume) = volume(1 << 20);
+    let file = create(&volume, "a");
+    assert_eq!(extents(&file, 0..u64::MAX, 4), (vec![], false));
+    let block = 64 << 10;
+    file.write_at(&pattern(block, 1), 0).unwrap();
+    file.write_at(&pattern(block, 2), 3 * block as u64).unwrap();
+    file.sync_all().unwrap();
+    let block = block as u64;
+    let stored = vec![(0, block, false), (3 * block, 4 * block, false)];
+    assert_eq!(extents(&file, 0..u64::MAX, 4), (stored.clone(), false));
+    assert_eq!(extents(&file, 0..u64::MAX, 1), (stored[..1].to_vec(), true));
+    assert_eq!(extents(&file, block..2 * block, 4), (vec![], false));
+    assert_eq!(extents(&file, 100..101, 4).0, [(100, block, false)]);
+    // In the hole, over what is stored, and longer than the store's file.
+    file.write_at(b"x", 2 * block).unwrap();
+    file.write_at(b"x", 3 * block + 5000).unwrap();
+    file.write_at(b"x", 5 * block + 99).unwrap();
+    let expected = vec![
+        (0, block, false),
+        (2 * block, 2 * block + 4096, true),
+        (3 * block, 3 * block + 4096, false),
+        (3 * block + 4096, 3 * block + 8192, true),
+        (3 * block + 8192, 4 * block, false),
+        (5 * block, 5 * block + 100, true),
+    ];
+    assert_eq!(extents(&file, 0..u64::MAX, 9), (expected, false));
 }

@@ -11,20 +11,14 @@ use pinfold_scenarios::{Backend, Outcome, Record, Target, report};
 /// What does not hold yet: (scenario, check, what is missing). To be empty.
 const OPEN: &[(&str, &str, &str)] = &[];
 
-const NO_EXTENTS: &str = "the library finds extents by seeking data and holes, which stores nothing in the caller's memory";
-
 /// What cannot be run: (scenario, reason it is skipped for).
-const MISSING: &[(&str, &str)] = &[
-    ("T08", NO_EXTENTS),
-    ("T24", NO_EXTENTS),
-    ("T39", "blocks are larger than 512 bytes"),
-];
+const MISSING: &[(&str, &str)] = &[("T39", "blocks are larger than 512 bytes")];
 
 /// The scenarios that map: those that it matters to who serves faults.
 const MAPPING: &[&str] = &[
-    "T10", "T11", "T12", "T20", "T21", "T22", "T23", "T29", "T30", "T31", "T32", "T33", "T34",
-    "T36", "T40", "T45", "T46", "T48", "T49", "T50", "T53", "T54", "T55", "T56", "T57", "T66",
-    "T67",
+    "T10", "T11", "T12", "T20", "T21", "T22", "T23", "T24", "T29", "T30", "T31", "T32", "T33",
+    "T34", "T36", "T40", "T45", "T46", "T48", "T49", "T50", "T53", "T54", "T55", "T56", "T57",
+    "T66", "T67",
 ];
 
 fn is_open(scenario: &str, failure: &Failure) -> bool {

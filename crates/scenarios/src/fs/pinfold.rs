@@ -17,6 +17,7 @@ use pinfold::{
     OpenOptions, Progress, Volume, VolumeBuilder,
 };
 use pinfold_mem::Direction;
+use pinfold_mem::region::transfer::FIEMAP_HEAD;
 use pinfold_mem::region::view::{Sharing, View};
 use pinfold_mem::region::{At, Region, UserIov};
 use pinfold_store::testing::{Action, CrashingObject, FaultyObject, On, Rule};
@@ -27,8 +28,6 @@ use super::{Allocate, Fs, Handle, How, Kind, Mapped, Open, Pins, Refusal, Troubl
 /// Bytes that may be dirty over a troubled store: little, so that writers meet the limit whatever the memory.
 const DIRTY_LIMIT: u64 = 256 << 10;
 
-/// Why T08 and T24 are skipped.
-const NO_EXTENTS: &str = "the library finds extents by seeking data and holes, which stores nothing in the caller's memory";
 /// Why T57 leaves msync's flags out.
 const NO_FLAGS: &str = "the library flushes by method, not by flag; front/capi/examples/calls.c compares pf_msync's flags";
 
@@ -294,8 +293,12 @@ impl Handle for LibraryFile {
         Ok(Box::new(LibraryMap { mapping }))
     }
 
-    fn extents(&self, _into: &UserIov<'_>) -> Result<usize, Refusal> {
-        Err(Refusal::Missing(NO_EXTENTS))
+    fn extents(&self, into: &UserIov<'_>) -> Result<usize, Refusal> {
+        // The library's records are the kernel's, and it takes its request otherwise: the head stays as it is.
+        let mut cursor = into.cursor(Direction::Target);
+        cursor.advance(FIEMAP_HEAD.min(cursor.count()));
+        let found = self.file.extents(0..u64::MAX, &mut cursor);
+        Ok(found.map_err(|error| error.errno())?.records)
     }
 
     fn transfer(
