@@ -123,6 +123,8 @@ enum Stage {
         to: Mode,
     },
     Asking {
+        /// What the service knows of.
+        from: Mode,
         to: Mode,
         /// On whose behalf; nobody for a fall.
         asker: Option<HolderId>,
@@ -342,7 +344,13 @@ impl Machine {
                 if to == Mode::Unlocked {
                     self.known = Known::Stale;
                 }
-                self.stage = Stage::Asking { to, asker: None };
+                // The rights end here, whenever the service hears of it.
+                let from = std::mem::replace(&mut self.mode, to);
+                self.stage = Stage::Asking {
+                    from,
+                    to,
+                    asker: None,
+                };
             }
             Err(errno) => {
                 // What is dirty here is nowhere else: the lock is not handed over.
@@ -355,8 +363,12 @@ impl Machine {
     /// What follows [`Machine::left`] when it went well.
     pub fn tell(&self) -> Option<Work> {
         match self.stage {
-            Stage::Asking { to, asker: None } => Some(Work::Ask {
-                from: self.mode,
+            Stage::Asking {
+                from,
+                to,
+                asker: None,
+            } => Some(Work::Ask {
+                from,
                 to,
                 wait: Wait::Queue,
             }),
@@ -515,6 +527,7 @@ impl Machine {
         let (id, head) = self.promote(now)?;
         if self.mode == Mode::Unlocked {
             self.stage = Stage::Asking {
+                from: Mode::Unlocked,
                 to: head.mode,
                 asker: Some(id),
             };
@@ -608,7 +621,7 @@ impl Machine {
     }
 
     fn take(&mut self, reply: Reply, now: Time) {
-        let Stage::Asking { to, asker } = self.stage else {
+        let Stage::Asking { to, asker, .. } = self.stage else {
             return;
         };
         self.stage = Stage::Rest;

@@ -15,6 +15,8 @@ use pinfold_base::Errno;
 use crate::clock::Time;
 use crate::mode::{Flags, Mode};
 
+#[cfg(feature = "etcd")]
+pub mod etcd;
 pub mod local;
 pub mod scripted;
 
@@ -113,11 +115,37 @@ pub trait Session: Send + Sync + fmt::Debug {
     fn abandon(&self);
 }
 
+/// Why a node could not join.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JoinError {
+    /// Its number.
+    pub errno: Errno,
+    /// What to tell a person.
+    pub why: String,
+}
+
+impl fmt::Display for JoinError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.why)
+    }
+}
+
+impl std::error::Error for JoinError {}
+
+impl JoinError {
+    pub(crate) fn new(errno: Errno, why: impl Into<String>) -> Self {
+        Self {
+            errno,
+            why: why.into(),
+        }
+    }
+}
+
 /// Who decides which node has which lock.
 pub trait LockService: Send + Sync + fmt::Debug {
     /// Makes a member called `member` that is told through `events`.
     ///
     /// # Errors
     /// EEXIST if there is a member of that name; what else keeps a service from working.
-    fn join(&self, member: &str, events: Weak<dyn Events>) -> Result<Box<dyn Session>, Errno>;
+    fn join(&self, member: &str, events: Weak<dyn Events>) -> Result<Box<dyn Session>, JoinError>;
 }

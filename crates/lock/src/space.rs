@@ -21,7 +21,7 @@ use crate::glock::{Duties, Glock, Host};
 use crate::machine::{Machine, Work};
 use crate::mode::Mode;
 use crate::report::Report;
-use crate::service::{Events, LockService, Name, Reply, Session, Wait};
+use crate::service::{Events, JoinError, LockService, Name, Reply, Session, Wait};
 
 /// Threads that do duties.
 pub const WORKERS_MAX: usize = 64;
@@ -93,7 +93,11 @@ impl Space {
     ///
     /// # Errors
     /// What the service refuses with; what keeps threads from starting.
-    pub fn join(service: &dyn LockService, member: &str, options: Options) -> Result<Self, Errno> {
+    pub fn join(
+        service: &dyn LockService,
+        member: &str,
+        options: Options,
+    ) -> Result<Self, JoinError> {
         let workers = options.workers.clamp(1, WORKERS_MAX);
         let node = Arc::new_cyclic(|me: &Weak<Node>| Node {
             options,
@@ -116,7 +120,8 @@ impl Space {
             left: false,
         };
         // The service may have told us so before there was a session to abandon.
-        space.check()?;
+        let lost = |errno| JoinError::new(errno, "the membership was lost at once");
+        space.check().map_err(lost)?;
         space.start("glock-time", Node::keep_time)?;
         for _ in 0..workers {
             space.start("glock-work", Node::do_work)?;
@@ -127,11 +132,12 @@ impl Space {
         Ok(space)
     }
 
-    fn start(&mut self, name: &str, run: fn(&Node)) -> Result<(), Errno> {
+    fn start(&mut self, name: &str, run: fn(&Node)) -> Result<(), JoinError> {
         let node = Arc::clone(&self.node);
         let thread = std::thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || run(&node))?;
+            .spawn(move || run(&node))
+            .map_err(|error| JoinError::new(Errno::from(&error), format!("no thread: {error}")))?;
         self.threads.push(thread);
         Ok(())
     }

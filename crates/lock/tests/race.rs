@@ -2,213 +2,26 @@
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
 
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+#[path = "cluster/cluster.rs"]
+mod cluster;
+
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Barrier};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use cluster::{Node, PATIENCE, Stored, node, operations, race};
 use pinfold_base::Errno;
-use pinfold_lock::Mode::{self, Deferred, Exclusive, Shared, Unlocked};
+use pinfold_lock::Mode::{Deferred, Exclusive, Shared, Unlocked};
 use pinfold_lock::service::local::Local;
-use pinfold_lock::{
-    Duties, Flags, Glock, LockService, Name, Options, Refusal, Request, Space, lock_all,
-};
-use rand::rngs::SmallRng;
-use rand::{Rng, SeedableRng};
-
-const PATIENCE: Duration = Duration::from_secs(120);
-
-/// How many operations each thread makes; a long run asks for more.
-fn operations() -> usize {
-    std::env::var("PINFOLD_GLOCK_OPERATIONS").map_or(2000, |text| {
-        text.parse().expect("PINFOLD_GLOCK_OPERATIONS is a number")
-    })
-}
-
-fn name(number: u64) -> Name {
-    Name {
-        number,
-        generation: 0,
-    }
-}
-
-/// What a file is outside of any cache.
-#[derive(Default)]
-struct Stored {
-    number: AtomicU64,
-    /// The last number that anybody wrote, cached or not.
-    truth: AtomicU64,
-    /// Who is inside, over all nodes: readers, direct readers, writers.
-    inside: [AtomicI64; 3],
-}
-
-/// One node's cache of it.
-struct Cache {
-    stored: Arc<Stored>,
-    cached: Mutex<Option<(u64, bool)>>,
-    sync_fails: AtomicBool,
-}
-
-impl Cache {
-    fn new(stored: &Arc<Stored>) -> Arc<Self> {
-        Arc::new(Self {
-            stored: Arc::clone(stored),
-            cached: Mutex::new(None),
-            sync_fails: AtomicBool::new(false),
-        })
-    }
-
-    fn read(&self) -> u64 {
-        let load = || (self.stored.number.load(Ordering::Acquire), false);
-        self.cached.lock().get_or_insert_with(load).0
-    }
-
-    /// As direct I/O does: what is dirty here is written back first.
-    fn read_direct(&self) -> u64 {
-        self.flush();
-        self.stored.number.load(Ordering::Acquire)
-    }
-
-    fn write(&self, number: u64) {
-        *self.cached.lock() = Some((number, true));
-        self.stored.truth.store(number, Ordering::Release);
-    }
-
-    fn flush(&self) {
-        if let Some((number, dirty)) = &mut *self.cached.lock()
-            && *dirty
-        {
-            self.stored.number.store(*number, Ordering::Release);
-            *dirty = false;
-        }
-    }
-}
-
-impl Duties for Cache {
-    fn sync(&self, _to: Mode) -> Result<(), Errno> {
-        if self.sync_fails.load(Ordering::Relaxed) {
-            return Err(Errno::ENOSPC);
-        }
-        self.flush();
-        Ok(())
-    }
-
-    fn invalidate(&self, _to: Mode) {
-        *self.cached.lock() = None;
-    }
-}
-
-struct Node {
-    space: Space,
-    files: Vec<(Arc<Glock>, Arc<Cache>)>,
-}
-
-fn node(service: &Local, which: usize, stored: &[Arc<Stored>]) -> Node {
-    let options = Options {
-        hold: Duration::from_millis(1),
-        workers: 2,
-        ..Options::default()
-    };
-    let space = Space::join(service, &format!("node{which}"), options).unwrap();
-    let files = (1..).zip(stored).map(|(number, stored)| {
-        let cache = Cache::new(stored);
-        let duties: Arc<dyn Duties> = cache.clone();
-        (space.glock(name(number), || duties), cache)
-    });
-    let files = files.collect();
-    Node { space, files }
-}
-
-fn operate(random: &mut SmallRng, glock: &Glock, cache: &Cache) {
-    let mode = [Shared, Deferred, Exclusive][random.random_range(0..3)];
-    let extra = [
-        Flags::NONE,
-        Flags::NONE,
-        Flags::TRY,
-        Flags::TRY_1CB,
-        Flags::EXACT,
-        Flags::NOCACHE,
-        Flags::SKIP,
-    ][random.random_range(0..7)];
-    let guard = match glock.lock(Request::new(mode).with(extra)) {
-        Ok(guard) => guard,
-        Err(Refusal::TryFailed) if extra.tries() => return,
-        Err(why) => panic!("{why:?}"),
-    };
-    let stored = &cache.stored;
-    let [readers, direct, writers] = &stored.inside;
-    let (mine, others) = match mode {
-        Shared => (readers, [direct, writers]),
-        Deferred => (direct, [readers, writers]),
-        Exclusive => (writers, [readers, direct]),
-        Unlocked => unreachable!("not drawn"),
-    };
-    let before = mine.fetch_add(1, Ordering::SeqCst);
-    assert!(mode != Exclusive || before == 0, "two writers");
-    for other in others {
-        assert_eq!(other.load(Ordering::SeqCst), 0, "{mode:?} beside another");
-    }
-    let truth = stored.truth.load(Ordering::Acquire);
-    let seen = match mode {
-        Deferred => cache.read_direct(),
-        _ => cache.read(),
-    };
-    assert_eq!(seen, truth, "stale under {mode:?}");
-    if mode == Exclusive {
-        cache.write(truth + 1);
-    }
-    mine.fetch_sub(1, Ordering::SeqCst);
-    drop(guard);
-}
+use pinfold_lock::{Flags, LockService, Mode, Options, Refusal, Request, Space, lock_all};
 
 #[test]
 fn t61_nobody_sees_an_old_number_whatever_is_asked_in_whatever_order() {
-    let seed: u64 = SmallRng::from_os_rng().random();
-    println!("seed {seed}");
     let service = Local::new();
     let stored: Vec<Arc<Stored>> = (0..2).map(|_| Arc::default()).collect();
     let nodes: Vec<Node> = (0..3).map(|which| node(&service, which, &stored)).collect();
-    let (done, ended) = channel();
-    let mut threads = 0;
-    for node in &nodes {
-        for _ in 0..3 {
-            threads += 1;
-            let files = node.files.clone();
-            let done = done.clone();
-            std::thread::spawn(move || {
-                let mut random = SmallRng::seed_from_u64(seed ^ threads);
-                for _ in 0..operations() {
-                    let (glock, cache) = &files[random.random_range(0..files.len())];
-                    operate(&mut random, glock, cache);
-                }
-                done.send(())
-            });
-        }
-    }
-    drop(done);
-    for _ in 0..threads {
-        if ended.recv_timeout(PATIENCE).is_err() {
-            for node in &nodes {
-                for report in node.space.report() {
-                    eprint!("{report}");
-                }
-            }
-            panic!("a thread failed, or waits for ever");
-        }
-    }
-    for node in nodes {
-        drop(node.files);
-        node.space.leave(PATIENCE).unwrap();
-    }
-    for stored in stored {
-        let number = stored.number.load(Ordering::Relaxed);
-        assert_eq!(
-            number,
-            stored.truth.load(Ordering::Relaxed),
-            "a write was lost"
-        );
-    }
+    race(nodes, &stored, operations(2000), || {});
 }
 
 #[test]
@@ -376,7 +189,7 @@ fn a_name_is_given_once() {
     let service = Local::new();
     let one = Space::join(&service, "one", Options::default()).unwrap();
     let again = Space::join(&service, "one", Options::default());
-    assert_eq!(again.err(), Some(Errno::EEXIST));
+    assert_eq!(again.unwrap_err().errno, Errno::EEXIST);
     one.leave(PATIENCE).unwrap();
     let service: &dyn LockService = &service;
     drop(Space::join(service, "one", Options::default()).unwrap());

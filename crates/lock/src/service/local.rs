@@ -12,7 +12,7 @@ use std::sync::{Arc, Weak};
 use parking_lot::Mutex;
 use pinfold_base::Errno;
 
-use super::{Events, LockService, Name, Reply, Session, Token, Wait};
+use super::{Events, JoinError, LockService, Name, Reply, Session, Token, Wait};
 use crate::clock::Time;
 use crate::mode::Mode;
 
@@ -86,13 +86,14 @@ impl Local {
 }
 
 impl LockService for Local {
-    fn join(&self, member: &str, events: Weak<dyn Events>) -> Result<Box<dyn Session>, Errno> {
+    fn join(&self, member: &str, events: Weak<dyn Events>) -> Result<Box<dyn Session>, JoinError> {
         let mut table = self.shared.lock();
         if table.members.values().any(|other| other.name == member) {
-            return Err(Errno::EEXIST);
+            let why = format!("there is a node called {member} already");
+            return Err(JoinError::new(Errno::EEXIST, why));
         }
         if table.members.len() >= MEMBERS_MAX {
-            return Err(Errno::ENOLCK);
+            return Err(JoinError::new(Errno::ENOLCK, "too many nodes"));
         }
         table.last_member += 1;
         let id = table.last_member;

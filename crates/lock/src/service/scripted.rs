@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use pinfold_base::Errno;
 
-use super::{Events, LockService, Name, Reply, Session, Token, Wait};
+use super::{Events, JoinError, LockService, Name, Reply, Session, Token, Wait};
 use crate::clock::Time;
 use crate::mode::Mode;
 
@@ -157,7 +157,7 @@ impl Scripted {
 }
 
 impl LockService for Scripted {
-    fn join(&self, member: &str, events: Weak<dyn Events>) -> Result<Box<dyn Session>, Errno> {
+    fn join(&self, member: &str, events: Weak<dyn Events>) -> Result<Box<dyn Session>, JoinError> {
         let mut state = self.stage.state.lock();
         state.members.push((member.to_owned(), events));
         Ok(Box::new(ScriptedSession {

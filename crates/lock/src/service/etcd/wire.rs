@@ -1,0 +1,334 @@
+//! Transactions on etcd: what is sent, what an answer says, and when to try again.
+
+use std::time::Duration;
+
+use etcd_client::{
+    Client, Compare, CompareOp, DeleteOptions, Error, GetOptions, GetResponse, KeyValue, Txn,
+    TxnOp, TxnOpResponse,
+};
+use pinfold_base::Errno;
+
+use super::board::{Change, Entry};
+use super::keys::{Claim, Key, Keys, Owner};
+use crate::service::Name;
+
+/// Keys read in one go.
+const PAGE: i64 = 1000;
+/// Keys deleted in one transaction; etcd takes 128 operations.
+const DELETE_MAX: usize = 64;
+/// The longest pause between two tries.
+const PAUSE_MAX: Duration = Duration::from_millis(500);
+
+/// Why a transaction came to nothing for good.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Lost {
+    #[error("the membership is over")]
+    Membership,
+    #[error("etcd refuses us: {0}")]
+    Denied(String),
+    #[error("the key {0} is not ours")]
+    Garbage(String),
+    #[error("etcd: {0}")]
+    Broken(String),
+}
+
+impl Lost {
+    pub fn errno(&self) -> Errno {
+        match self {
+            Self::Membership => Errno::ENOTCONN,
+            Self::Denied(_) => Errno::EACCES,
+            Self::Garbage(_) => Errno::EUCLEAN,
+            Self::Broken(_) => Errno::EIO,
+        }
+    }
+}
+
+/// A member's way to its volume's keys.
+#[derive(Clone)]
+pub(super) struct Wire {
+    pub client: Client,
+    pub keys: Keys,
+    pub me: Owner,
+    pub patience: Duration,
+}
+
+/// A failed try: is there a point in another one?
+pub(super) fn judge(error: &Error) -> Option<Lost> {
+    // Codes of gRPC; their names are not exported.
+    const INVALID_ARGUMENT: i32 = 3;
+    const PERMISSION_DENIED: i32 = 7;
+    const UNIMPLEMENTED: i32 = 12;
+    const UNAUTHENTICATED: i32 = 16;
+    let Error::GRpcStatus(status) = error else {
+        return None;
+    };
+    let why = status.message().to_owned();
+    match i32::from(status.code()) {
+        PERMISSION_DENIED | UNAUTHENTICATED => Some(Lost::Denied(why)),
+        INVALID_ARGUMENT if why.contains("authentication") || why.contains("user") => {
+            Some(Lost::Denied(why))
+        }
+        INVALID_ARGUMENT | UNIMPLEMENTED => Some(Lost::Broken(why)),
+        _ => None,
+    }
+}
+
+/// Waits a little longer before each try.
+pub(super) struct Pause(Duration);
+
+impl Pause {
+    pub fn new() -> Self {
+        Self(Duration::from_millis(10))
+    }
+
+    pub async fn rest(&mut self) {
+        tokio::time::sleep(self.0).await;
+        self.0 = (self.0 * 2).min(PAUSE_MAX);
+    }
+}
+
+/// Claims as they were at a revision.
+pub(super) struct Claims {
+    pub revision: i64,
+    pub entries: Vec<Entry>,
+}
+
+impl Wire {
+    fn still_member(&self) -> Compare {
+        let key = self.keys.member(&self.me.member);
+        Compare::lease(key, CompareOp::Equal, self.me.lease)
+    }
+
+    /// Sends until there is an answer. All our transactions may be sent twice: the second finds what the first did.
+    async fn send(&self, txn: Txn) -> Result<etcd_client::TxnResponse, Lost> {
+        let mut pause = Pause::new();
+        loop {
+            let mut client = self.client.clone();
+            match tokio::time::timeout(self.patience, client.txn(txn.clone())).await {
+                Ok(Ok(response)) => return Ok(response),
+                Ok(Err(error)) => {
+                    if let Some(lost) = judge(&error) {
+                        return Err(lost);
+                    }
+                }
+                Err(_late) => {}
+            }
+            // For as long as the lease lasts: then the node withdraws, and the actor and its tasks end.
+            pause.rest().await;
+        }
+    }
+
+    /// Makes a claim and reads all claims of that lock in the same moment.
+    ///
+    /// If it is made already, an earlier sending of the same request has done it. One that an older request left, by a
+    /// sending that was given up, does not count: whoever takes it back might do so while we rely on it.
+    pub async fn claim(&self, name: Name, claim: Claim) -> Result<Claims, Lost> {
+        loop {
+            let claims = self.claim_once(name, claim).await?;
+            let mine = claims.entries.iter().find(|entry| entry.owner == self.me);
+            match mine {
+                Some(mine) if mine.claim.serial != claim.serial => {
+                    self.change(name, mine.created, None).await?;
+                }
+                _ => return Ok(claims),
+            }
+        }
+    }
+
+    async fn claim_once(&self, name: Name, claim: Claim) -> Result<Claims, Lost> {
+        let key = self.keys.claim(name, &self.me);
+        let all = TxnOp::get(self.keys.lock(name), Some(GetOptions::new().with_prefix()));
+        let put = TxnOp::put(key.clone(), claim.text(), None);
+        let new = Compare::version(key, CompareOp::Equal, 0);
+        let make = Txn::new()
+            .when([new])
+            .and_then([put, all.clone()])
+            .or_else([all]);
+        let txn = Txn::new()
+            .when([self.still_member()])
+            .and_then([TxnOp::txn(make)]);
+        let response = self.send(txn).await?;
+        if !response.succeeded() {
+            return Err(Lost::Membership);
+        }
+        let revision = response.header().map_or(0, |header| header.revision());
+        for response in response.op_responses() {
+            if let TxnOpResponse::Txn(inner) = response {
+                for response in inner.op_responses() {
+                    if let TxnOpResponse::Get(get) = response {
+                        return self.claims(&get, revision);
+                    }
+                }
+            }
+        }
+        Err(Lost::Broken("an answer without what was asked".to_owned()))
+    }
+
+    /// Makes the claim that was made at `created` weaker, or takes it back.
+    ///
+    /// A sending that was given up may arrive late. It then finds another claim of ours, or none, and leaves that alone.
+    pub async fn change(&self, name: Name, created: i64, claim: Option<Claim>) -> Result<(), Lost> {
+        let key = self.keys.claim(name, &self.me);
+        let same = Compare::create_revision(key.clone(), CompareOp::Equal, created);
+        let weaker = claim.is_some();
+        let op = match claim {
+            Some(claim) => TxnOp::put(key, claim.text(), None),
+            None => TxnOp::delete(key, None),
+        };
+        let change = Txn::new().when([same]).and_then([op]);
+        let txn = Txn::new()
+            .when([self.still_member()])
+            .and_then([TxnOp::txn(change)]);
+        let response = self.send(txn).await?;
+        let changed = response
+            .op_responses()
+            .iter()
+            .any(|inner| matches!(inner, TxnOpResponse::Txn(inner) if inner.succeeded()));
+        // What was to be taken back and is not there was taken back by an earlier sending.
+        if response.succeeded() && (changed || !weaker) {
+            Ok(())
+        } else {
+            Err(Lost::Membership)
+        }
+    }
+
+    /// Reads all claims of a lock.
+    pub async fn load(&self, name: Name) -> Result<Claims, Lost> {
+        let options = GetOptions::new().with_prefix();
+        let get = self.get(self.keys.lock(name), options).await?;
+        let revision = get.header().map_or(0, |header| header.revision());
+        self.claims(&get, revision)
+    }
+
+    /// Reads until there is an answer.
+    pub async fn get(&self, key: String, options: GetOptions) -> Result<GetResponse, Lost> {
+        let mut pause = Pause::new();
+        loop {
+            let mut client = self.client.clone();
+            let get = client.get(key.clone(), Some(options.clone()));
+            match tokio::time::timeout(self.patience, get).await {
+                Ok(Ok(response)) => return Ok(response),
+                Ok(Err(error)) => {
+                    if let Some(lost) = judge(&error) {
+                        return Err(lost);
+                    }
+                }
+                Err(_late) => {}
+            }
+            pause.rest().await;
+        }
+    }
+
+    /// Every member that is alive.
+    pub async fn members(&self) -> Result<Vec<Owner>, Lost> {
+        let options = GetOptions::new().with_prefix();
+        let get = self.get(self.keys.members(), options).await?;
+        let owner = |pair: &KeyValue| match self.keys.parse(pair.key()) {
+            Some(Key::Member(member)) => Ok(Owner {
+                member,
+                lease: pair.lease(),
+            }),
+            _ => Err(garbage(pair)),
+        };
+        get.kvs().iter().map(owner).collect()
+    }
+
+    /// Every claim, by who made it.
+    pub async fn all_claims(&self) -> Result<Vec<(Name, Owner, i64)>, Lost> {
+        let mut found = Vec::new();
+        let mut from = self.keys.locks();
+        let end = prefix_end(&from);
+        loop {
+            let options = GetOptions::new()
+                .with_range(end.clone())
+                .with_keys_only()
+                .with_limit(PAGE);
+            let get = self.get(from.clone(), options).await?;
+            for pair in get.kvs() {
+                match self.keys.parse(pair.key()) {
+                    Some(Key::Lock(name, owner)) => {
+                        found.push((name, owner, pair.create_revision()));
+                    }
+                    _ => return Err(garbage(pair)),
+                }
+            }
+            match get.kvs().last() {
+                Some(last) if get.more() => {
+                    from = format!("{}\0", String::from_utf8_lossy(last.key()));
+                }
+                _ => return Ok(found),
+            }
+        }
+    }
+
+    /// Takes the claims of a member away whose lease has ended.
+    pub async fn bury(&self, dead: &Owner) -> Result<usize, Lost> {
+        let claims = self.all_claims().await?;
+        let theirs: Vec<Name> = claims
+            .into_iter()
+            .filter_map(|(name, owner, _)| (owner == *dead).then_some(name))
+            .collect();
+        for some in theirs.chunks(DELETE_MAX) {
+            let key = self.keys.member(&dead.member);
+            // Its name may be another's by now, its lease is not; and we must be alive ourselves.
+            let is_dead = Compare::lease(key, CompareOp::NotEqual, dead.lease);
+            let deletes: Vec<TxnOp> = some
+                .iter()
+                .map(|&name| TxnOp::delete(self.keys.claim(name, dead), None::<DeleteOptions>))
+                .collect();
+            let txn = Txn::new()
+                .when([is_dead, self.still_member()])
+                .and_then(deletes);
+            if !self.send(txn).await?.succeeded() {
+                return Err(Lost::Membership);
+            }
+        }
+        Ok(theirs.len())
+    }
+
+    fn claims(&self, get: &GetResponse, revision: i64) -> Result<Claims, Lost> {
+        let entry = |pair: &KeyValue| {
+            let Some(Key::Lock(_, owner)) = self.keys.parse(pair.key()) else {
+                return Err(garbage(pair));
+            };
+            let claim = Claim::parse(pair.value()).ok_or_else(|| garbage(pair))?;
+            Ok(Entry {
+                owner,
+                claim,
+                created: pair.create_revision(),
+            })
+        };
+        let entries = get.kvs().iter().map(entry).collect::<Result<_, _>>()?;
+        Ok(Claims { revision, entries })
+    }
+}
+
+/// Reads a change of a claim out of an event.
+pub(super) fn change_of(
+    pair: &KeyValue,
+    name: Name,
+    owner: Owner,
+    put: bool,
+) -> Result<Change, Lost> {
+    let claim = if put {
+        let claim = Claim::parse(pair.value()).ok_or_else(|| garbage(pair))?;
+        Some((claim, pair.create_revision()))
+    } else {
+        None
+    };
+    Ok(Change {
+        name,
+        owner,
+        revision: pair.mod_revision(),
+        claim,
+    })
+}
+
+pub(super) fn garbage(pair: &KeyValue) -> Lost {
+    Lost::Garbage(String::from_utf8_lossy(pair.key()).into_owned())
+}
+
+/// The first key that does not begin with `prefix`, which ends in a slash.
+fn prefix_end(prefix: &str) -> String {
+    format!("{}0", prefix.trim_end_matches('/'))
+}
