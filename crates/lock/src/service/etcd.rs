@@ -6,7 +6,7 @@
 //!                          lease  --> good_until: renewed, or the node stops
 //! ```
 //!
-//! *Owns*: the keys ([`keys`]), what follows from their order ([`board`]), membership, recovery of the dead ([`actor`]).
+//! *Owns*: the keys (`keys`), what follows from their order (`board`), membership, recovery of the dead (`actor`).
 //!
 //! *Does not own*: a lock table: what is granted follows from keys that every node reads for itself. Fencing at the store:
 //! [`super::Token`] is what a store would compare.
