@@ -410,6 +410,8 @@ impl Machine {
             return;
         }
         self.withdrawn = Some(errno);
+        // The node is at it already.
+        self.withdraw = None;
         self.demote = None;
         self.kept = None;
         self.refuse(self.holders, |_| true, Refusal::Failed(errno));

@@ -59,6 +59,8 @@ struct Node {
     options: Options,
     session: OnceLock<Box<dyn Session>>,
     table: Mutex<Table>,
+    /// Held while the node withdraws, before any leaf: who is told so is told when no glock grants any more.
+    withdrawal: Mutex<()>,
     agenda: Mutex<Agenda>,
     work: Condvar,
     time: Condvar,
@@ -103,6 +105,7 @@ impl Space {
             options,
             session: OnceLock::new(),
             table: Mutex::default(),
+            withdrawal: Mutex::new(()),
             agenda: Mutex::default(),
             work: Condvar::new(),
             time: Condvar::new(),
@@ -269,7 +272,9 @@ impl Node {
     }
 
     fn check(&self) -> Result<(), Errno> {
-        if let Some(errno) = self.table.lock().withdrawn {
+        let withdrawn = self.table.lock().withdrawn;
+        if let Some(errno) = withdrawn {
+            drop(self.withdrawal.lock());
             return Err(errno);
         }
         let end = self.good_until();
@@ -381,6 +386,7 @@ impl Host for Node {
     }
 
     fn withdraw(&self, errno: Errno) {
+        let _withdrawal = self.withdrawal.lock();
         let glocks: Vec<Arc<Glock>> = {
             let mut table = self.table.lock();
             if table.withdrawn.is_some() {

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use cluster::{Cache, Node, PATIENCE, Stored, name, node, operations, race};
 use pinfold_base::Errno;
 use pinfold_lock::Mode::{self, Deferred, Exclusive, Shared};
-use pinfold_lock::service::etcd::Etcd;
+use pinfold_lock::service::etcd::{Etcd, Tls};
 use pinfold_lock::{Flags, Glock, Options, Refusal, Request, Space};
 use server::{Cut, Server};
 
@@ -323,10 +323,11 @@ fn what_cannot_work_is_told_at_the_start() {
 
 #[test]
 fn no_server_is_told_at_the_start() {
-    let nobody = server::free_port();
+    let host = server::own_host();
+    let nobody = server::free_port(host);
     let service = Etcd {
         lease: Duration::from_secs(4),
-        ..Etcd::new(&[&format!("127.0.0.1:{nobody}")], "/test", "volume-1")
+        ..Etcd::new(&[&format!("{host}:{nobody}")], "/test", "volume-1")
     };
     let (errno, why) = refusal(&service, "one");
     assert_eq!(errno, Errno::ENOTCONN);
@@ -389,4 +390,85 @@ fn a_claim_that_was_left_by_a_late_message_is_taken_back() {
     let granted = lock_later(glock, cache, Exclusive);
     assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
     assert_eq!(name(1), glock.name());
+}
+
+#[test]
+fn a_user_needs_the_right_password() {
+    let server = Server::start();
+    server.require_user("root", "secret");
+    let anonymous = volume(&server);
+    assert_eq!(refusal(&anonymous, "one").0, Errno::EACCES);
+    let wrong = Etcd {
+        user: Some(("root".to_owned(), "guess".to_owned())),
+        ..anonymous.clone()
+    };
+    assert_eq!(refusal(&wrong, "one").0, Errno::EACCES);
+    let right = Etcd {
+        user: Some(("root".to_owned(), "secret".to_owned())),
+        ..anonymous
+    };
+    let ([a, b], _stored) = two_nodes(&right);
+    drop(a.files[0].0.lock(Request::new(Exclusive)).unwrap());
+    let granted = lock_later(&b.files[0].0, &b.files[0].1, Shared);
+    assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
+}
+
+#[test]
+fn a_user_that_loses_its_rights_makes_the_node_withdraw() {
+    let server = Server::start();
+    server.add_user("node", "secret", "/test/");
+    server.require_user("root", "secret");
+    let service = Etcd {
+        user: Some(("node".to_owned(), "secret".to_owned())),
+        ..volume(&server)
+    };
+    let stored = [Arc::default()];
+    let node = node(&service, 0, &stored);
+    let (glock, _) = &node.files[0];
+    drop(glock.lock(Request::new(Exclusive)).unwrap());
+    server.revoke("node", "/test/");
+    // The cached lock asks nobody; what has to be asked for is refused.
+    drop(glock.lock(Request::new(Exclusive)).unwrap());
+    node.space.retire(glock);
+    until("it withdraws", || node.space.check().is_err());
+    assert_eq!(node.space.check(), Err(Errno::EACCES));
+}
+
+#[test]
+fn certificates_are_checked_on_both_sides() {
+    let server = Server::start_secure();
+    let tls = server.tls();
+    let service = Etcd {
+        endpoints: vec![format!("https://{}", server.endpoint())],
+        tls: Some(tls.clone()),
+        ..volume(&server)
+    };
+    let ([a, b], _stored) = two_nodes(&service);
+    drop(a.files[0].0.lock(Request::new(Exclusive)).unwrap());
+    let granted = lock_later(&b.files[0].0, &b.files[0].1, Shared);
+    assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
+    assert!(
+        !format!("{service:?}").contains("PRIVATE"),
+        "a key is in a log"
+    );
+
+    for tls in [
+        // Whom nobody vouches for.
+        Tls {
+            authority: None,
+            ..tls.clone()
+        },
+        // Who does not say who it is.
+        Tls {
+            identity: None,
+            ..tls
+        },
+    ] {
+        let service = Etcd {
+            lease: Duration::from_secs(4),
+            tls: Some(tls),
+            ..service.clone()
+        };
+        assert_eq!(refusal(&service, "third").0, Errno::ENOTCONN);
+    }
 }

@@ -1,9 +1,10 @@
 //! An etcd of a test's own, and a line to it that can be cut.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -11,30 +12,60 @@ use parking_lot::Mutex;
 /// How long a server may take to answer on a busy machine.
 const START: Duration = Duration::from_secs(60);
 
-/// A port that was free a moment ago.
-pub fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+/// An address of loopback that no other test has: what one of them finds free stays free.
+pub fn own_host() -> Ipv4Addr {
+    static LAST: AtomicU32 = AtomicU32::new(0);
+    let [_, high, middle, low] = std::process::id().to_be_bytes();
+    let turn = LAST.fetch_add(1, Ordering::Relaxed) % 2;
+    // Process numbers have 22 bits; 127.0.x.y is left to others.
+    let first = 0x80 | (high & 0x3f) | if turn == 1 { 0x40 } else { 0 };
+    Ipv4Addr::new(127, first, middle, low)
+}
+
+/// A port of that address that was free a moment ago.
+pub fn free_port(host: Ipv4Addr) -> u16 {
+    let listener = TcpListener::bind((host, 0)).unwrap();
     listener.local_addr().unwrap().port()
 }
 
 /// One etcd server; it ends with the value.
 pub struct Server {
     child: Child,
+    /// As whom etcdctl speaks.
+    user: Mutex<Option<String>>,
+    secure: bool,
     directory: tempfile::TempDir,
+    host: Ipv4Addr,
     client: u16,
     peer: u16,
 }
 
 impl Server {
     pub fn start() -> Self {
+        Self::start_as(false)
+    }
+
+    /// One that speaks with whom its authority vouches for alone.
+    pub fn start_secure() -> Self {
+        Self::start_as(true)
+    }
+
+    fn start_as(secure: bool) -> Self {
         let mut directory = tempfile::tempdir().unwrap();
-        // Another test may take a port between the look at it and the server's: then it ends, and others are taken.
+        let host = own_host();
+        // A connection of the machine's may take a port between the look at it and the server's: then others are taken.
         for _ in 0..10 {
-            let (client, peer) = (free_port(), free_port());
-            let child = spawn(&directory, client, peer);
+            let (client, peer) = (free_port(host), free_port(host));
+            if secure {
+                make_certificates(directory.path(), host);
+            }
+            let child = spawn(&directory, (host, client, peer), secure);
             let mut server = Self {
                 child,
+                user: Mutex::new(None),
+                secure,
                 directory,
+                host,
                 client,
                 peer,
             };
@@ -47,7 +78,7 @@ impl Server {
     }
 
     pub fn endpoint(&self) -> String {
-        format!("127.0.0.1:{}", self.client)
+        format!("{}:{}", self.host, self.client)
     }
 
     pub fn kill(&mut self) {
@@ -56,7 +87,11 @@ impl Server {
     }
 
     pub fn start_again(&mut self) {
-        self.child = spawn(&self.directory, self.client, self.peer);
+        self.child = spawn(
+            &self.directory,
+            (self.host, self.client, self.peer),
+            self.secure,
+        );
         assert!(self.answers(), "etcd does not start again");
     }
 
@@ -75,9 +110,26 @@ impl Server {
     }
 
     fn ctl(&self, arguments: &[&str]) -> Option<String> {
-        let output = Command::new("etcdctl")
+        let mut command = Command::new("etcdctl");
+        command
             .env("ETCDCTL_API", "3")
             .args(["--endpoints", &self.endpoint()])
+            // A busy machine is not a dead server.
+            .args(["--command-timeout", "60s", "--dial-timeout", "60s"]);
+        if let Some(user) = &*self.user.lock() {
+            command.args(["--user", user]);
+        }
+        if self.secure {
+            let file = |name: &str| self.directory.path().join(name);
+            command
+                .arg("--cacert")
+                .arg(file("ca.pem"))
+                .arg("--cert")
+                .arg(file("cert.pem"))
+                .arg("--key")
+                .arg(file("key.pem"));
+        }
+        let output = command
             .args(arguments)
             .stderr(Stdio::null())
             .output()
@@ -87,7 +139,46 @@ impl Server {
     }
 
     fn must(&self, arguments: &[&str]) -> String {
-        self.ctl(arguments).expect("etcdctl is answered")
+        let answer = self.ctl(arguments);
+        answer.unwrap_or_else(|| panic!("etcdctl {arguments:?} fails"))
+    }
+
+    /// From now on only who is known may do what it may.
+    pub fn require_user(&self, name: &str, password: &str) {
+        self.must(&["user", "add", &format!("{name}:{password}")]);
+        self.must(&["user", "grant-role", name, "root"]);
+        self.must(&["auth", "enable"]);
+        *self.user.lock() = Some(format!("{name}:{password}"));
+    }
+
+    /// Makes a user that may do everything with keys that begin so.
+    pub fn add_user(&self, name: &str, password: &str, prefix: &str) {
+        self.must(&["user", "add", &format!("{name}:{password}")]);
+        self.must(&["role", "add", name]);
+        self.must(&[
+            "role",
+            "grant-permission",
+            name,
+            "--prefix=true",
+            "readwrite",
+            prefix,
+        ]);
+        self.must(&["user", "grant-role", name, name]);
+    }
+
+    /// Takes that away again.
+    pub fn revoke(&self, name: &str, prefix: &str) {
+        self.must(&["role", "revoke-permission", name, "--prefix=true", prefix]);
+    }
+
+    /// What a client of a secure server needs.
+    pub fn tls(&self) -> pinfold_lock::service::etcd::Tls {
+        let read = |name: &str| std::fs::read(self.directory.path().join(name)).unwrap();
+        pinfold_lock::service::etcd::Tls {
+            authority: Some(read("ca.pem")),
+            identity: Some((read("cert.pem"), read("key.pem"))),
+            domain: None,
+        }
     }
 
     pub fn put(&self, key: &str, value: &str) {
@@ -120,10 +211,27 @@ impl Drop for Server {
     }
 }
 
-fn spawn(directory: &tempfile::TempDir, client: u16, peer: u16) -> Child {
-    let client = format!("http://127.0.0.1:{client}");
-    let peer = format!("http://127.0.0.1:{peer}");
-    Command::new("etcd")
+fn spawn(
+    directory: &tempfile::TempDir,
+    (host, client, peer): (Ipv4Addr, u16, u16),
+    secure: bool,
+) -> Child {
+    let scheme = if secure { "https" } else { "http" };
+    let client = format!("{scheme}://{host}:{client}");
+    let peer = format!("http://{host}:{peer}");
+    let mut command = Command::new("etcd");
+    if secure {
+        let file = |name: &str| directory.path().join(name);
+        command
+            .arg("--client-cert-auth")
+            .arg("--trusted-ca-file")
+            .arg(file("ca.pem"))
+            .arg("--cert-file")
+            .arg(file("cert.pem"))
+            .arg("--key-file")
+            .arg(file("key.pem"));
+    }
+    command
         .arg("--data-dir")
         .arg(directory.path().join("data"))
         .args(["--listen-client-urls", &client])
@@ -136,6 +244,35 @@ fn spawn(directory: &tempfile::TempDir, client: u16, peer: u16) -> Child {
         .stderr(Stdio::null())
         .spawn()
         .expect("etcd is installed (Debian: etcd-server)")
+}
+
+/// Makes an authority, and a certificate of it for both ends of loopback.
+fn make_certificates(directory: &std::path::Path, host: Ipv4Addr) {
+    let openssl = |arguments: &str| {
+        let status = Command::new("openssl")
+            .args(arguments.split(' '))
+            .current_dir(directory)
+            .stderr(Stdio::null())
+            .stdout(Stdio::null())
+            .status()
+            .expect("openssl is installed");
+        assert!(status.success(), "openssl {arguments}");
+    };
+    let key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
+    openssl(&format!(
+        "req -x509 {key} -days 2 -subj /CN=authority -keyout ca.key -out ca.pem"
+    ));
+    openssl(&format!(
+        "req {key} -subj /CN=node -keyout key.pem -out request.pem"
+    ));
+    std::fs::write(
+        directory.join("names"),
+        format!("subjectAltName=IP:{host}\n"),
+    )
+    .unwrap();
+    openssl(
+        "x509 -req -in request.pem -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile names -out cert.pem",
+    );
 }
 
 /// A port that leads to a server until it is cut.
