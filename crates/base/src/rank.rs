@@ -1,7 +1,8 @@
-//! The lock order of SEMANTICS.md section I, checked at run time in debug builds.
+//! The lock order of SEMANTICS.md section I, checked at run time in debug builds and with the feature `lock-order`.
 //!
 //! A lock of a class is taken only while locks of lower classes are held; [`rule_zero`] asserts that
-//! nothing is held where a fault may be taken (INV9). Release builds compile all of this to nothing.
+//! nothing is held where a fault may be taken (INV9). Other builds compile all of this to nothing. What was checked is counted,
+//! so that a test can tell a checker that found nothing from one that is not there ([`CHECKED`], [`asserted`], [`entered`]).
 //!
 //! ```text
 //! Inode < Glock < Allocator < Invalidate < Folio < Leaf
@@ -27,7 +28,7 @@ pub enum Rank {
     Leaf = 6,
 }
 
-#[cfg(debug_assertions)]
+#[cfg(any(debug_assertions, feature = "lock-order"))]
 impl Rank {
     const ALL: [Self; 6] = [
         Self::Inode,
@@ -39,11 +40,56 @@ impl Rank {
     ];
 }
 
-#[cfg(debug_assertions)]
+/// Whether this build checks the order.
+pub const CHECKED: bool = cfg!(any(debug_assertions, feature = "lock-order"));
+
+#[cfg(any(debug_assertions, feature = "lock-order"))]
 mod checked {
     use super::Rank;
     use std::cell::Cell;
     use std::fmt;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    /// Locks of each class taken by anybody.
+    static ENTERED: [AtomicU64; Rank::ALL.len()] = [const { AtomicU64::new(0) }; Rank::ALL.len()];
+    /// Places that assert rule zero at most; of more nobody is told.
+    const PLACES_MAX: usize = 32;
+    /// How often each place asserted it, by a number made of its name: counted in signal handlers too, so without a lock.
+    static ASSERTED: [(AtomicU64, AtomicU64); PLACES_MAX] =
+        [const { (AtomicU64::new(0), AtomicU64::new(0)) }; PLACES_MAX];
+
+    /// Makes a number of a name (FNV-1a), never 0.
+    fn number_of(place: &str) -> u64 {
+        let fold = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        place.bytes().fold(0xcbf2_9ce4_8422_2325, fold) | 1
+    }
+
+    fn count(place: &str) {
+        let number = number_of(place);
+        for (name, count) in &ASSERTED {
+            let taken = name.compare_exchange(0, number, Ordering::Relaxed, Ordering::Relaxed);
+            if taken.map_or_else(|now| now == number, |_| true) {
+                count.fetch_add(1, Ordering::Relaxed);
+                return;
+            }
+        }
+    }
+
+    /// Returns how often rule zero was asserted at `place` and held, by any thread.
+    #[must_use]
+    pub fn asserted(place: &str) -> u64 {
+        let number = number_of(place);
+        let found = ASSERTED
+            .iter()
+            .find(|(name, _)| name.load(Ordering::Relaxed) == number);
+        found.map_or(0, |(_, count)| count.load(Ordering::Relaxed))
+    }
+
+    /// Returns how many locks of class `rank` were taken in order, by any thread.
+    #[must_use]
+    pub fn entered(rank: Rank) -> u64 {
+        ENTERED[rank as usize - 1].load(Ordering::Relaxed)
+    }
 
     /// How many locks of each class a thread holds. No list: the check must neither allocate nor be torn down with the
     /// thread, because faults are served in signal handlers too.
@@ -104,6 +150,7 @@ mod checked {
             let count = held.of(rank);
             count.set(count.get() + 1);
         });
+        ENTERED[rank as usize - 1].fetch_add(1, Ordering::Relaxed);
         Held(rank, std::marker::PhantomData)
     }
 
@@ -176,10 +223,11 @@ mod checked {
                 "rule zero broken at {place}: holding {held:?}"
             );
         });
+        count(place);
     }
 }
 
-#[cfg(not(debug_assertions))]
+#[cfg(not(any(debug_assertions, feature = "lock-order")))]
 mod checked {
     use super::Rank;
 
@@ -223,10 +271,23 @@ mod checked {
     /// Does nothing in release builds.
     #[inline(always)]
     pub fn rule_zero(_place: &str) {}
+
+    /// Returns 0: nothing is counted.
+    #[must_use]
+    pub fn asserted(_place: &str) -> u64 {
+        0
+    }
+
+    /// Returns 0: nothing is counted.
+    #[must_use]
+    pub fn entered(_rank: Rank) -> u64 {
+        0
+    }
 }
 
 pub use checked::{
-    Held, PinsHeld, UnderGate, enter, hold_pins, leave, permit_under_gate, rule_zero,
+    Held, PinsHeld, UnderGate, asserted, enter, entered, hold_pins, leave, permit_under_gate,
+    rule_zero,
 };
 
 /// A guard together with its place in the order.
@@ -306,7 +367,7 @@ impl<T> RwLock<T> {
     }
 }
 
-#[cfg(all(test, debug_assertions))]
+#[cfg(all(test, any(debug_assertions, feature = "lock-order")))]
 mod tests {
     use super::*;
 
@@ -376,6 +437,18 @@ mod tests {
         let _permit = permit_under_gate();
         let _glock = enter(Rank::Glock);
         rule_zero("test");
+    }
+
+    #[test]
+    fn what_is_checked_is_counted_by_its_place() {
+        let before = entered(Rank::Allocator);
+        drop(enter(Rank::Allocator));
+        assert!(entered(Rank::Allocator) > before);
+        assert_eq!(asserted("here"), 0);
+        rule_zero("here");
+        rule_zero("there");
+        rule_zero("here");
+        assert_eq!((asserted("here"), asserted("there")), (2, 1));
     }
 
     #[test]

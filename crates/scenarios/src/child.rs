@@ -6,6 +6,7 @@
 //!
 //! *Locking*: standard output's lock, for a line at a time.
 
+use std::cell::RefCell;
 use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
@@ -146,9 +147,30 @@ static PANICS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 /// Most panics that are kept.
 const PANICS_MAX: usize = 4;
 
+thread_local! {
+    /// What this thread said when it panicked as it was meant to.
+    static EXPECTED: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// Runs what is to panic, and returns what it said; `None` if it did not panic.
+pub fn panics(work: impl FnOnce()) -> Option<String> {
+    EXPECTED.set(Some(String::new()));
+    let ended = catch_unwind(AssertUnwindSafe(work));
+    let said = EXPECTED.take();
+    ended.err().and(said)
+}
+
 fn note_panics() {
     let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
+        let expected = EXPECTED.with_borrow_mut(|said| {
+            let said = said.as_mut()?;
+            *said = panic.to_string();
+            Some(())
+        });
+        if expected.is_some() {
+            return;
+        }
         let thread = std::thread::current();
         let mut panics = PANICS.lock().unwrap_or_else(PoisonError::into_inner);
         if panics.len() < PANICS_MAX {

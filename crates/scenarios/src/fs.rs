@@ -233,6 +233,11 @@ pub trait Fs: Send + Sync + std::fmt::Debug {
     /// Tells whether [`How::cancel`] ends a call early.
     fn cancels(&self) -> bool;
 
+    /// Tells whether faults in mappings are served by the thread that takes them, in a signal handler of ours.
+    fn faults_inline(&self) -> bool {
+        false
+    }
+
     /// Counts pins; `None` where nobody counts.
     fn pins(&self) -> Option<Pins>;
 

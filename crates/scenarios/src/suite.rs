@@ -12,6 +12,7 @@ mod coherence;
 mod direct;
 mod entangled;
 mod maps;
+mod order;
 mod pattern;
 mod pins;
 mod race;
@@ -43,6 +44,7 @@ pub fn all() -> Vec<&'static Scenario> {
         coherence::SCENARIOS,
         pins::SCENARIOS,
         writeback::SCENARIOS,
+        order::SCENARIOS,
     ]
     .into_iter()
     .flatten()

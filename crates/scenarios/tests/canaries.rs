@@ -255,6 +255,7 @@ const LIBRARY_CANARIES: &[(Mutation, &str, &str)] = &[
         "NOWAIT over the limit is EAGAIN",
     ),
     (Mutation::StarveOne, "T60", "every writer gets on"),
+    (Mutation::HoldALock, "T65", "no thread panics"),
 ];
 
 #[test]

@@ -18,7 +18,7 @@ const MISSING: &[(&str, &str)] = &[("T39", "blocks are larger than 512 bytes")];
 const MAPPING: &[&str] = &[
     "T10", "T11", "T12", "T20", "T21", "T22", "T23", "T24", "T29", "T30", "T31", "T32", "T33",
     "T34", "T36", "T40", "T45", "T46", "T48", "T49", "T50", "T53", "T54", "T55", "T56", "T57",
-    "T66", "T67",
+    "T65", "T66", "T67",
 ];
 
 fn is_open(scenario: &str, failure: &Failure) -> bool {

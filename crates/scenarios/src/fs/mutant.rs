@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pinfold_base::Errno;
+use pinfold_base::rank::{self, Rank};
 use pinfold_mem::Direction;
 use pinfold_mem::region::view::{Sharing, View};
 use pinfold_mem::region::{At, Region, UserIov};
@@ -86,6 +87,8 @@ pub enum Mutation {
     LeakPins,
     /// O_DSYNC and RWF_DSYNC are ignored.
     IgnoreDsync,
+    /// A leaf's lock is held around every transfer.
+    HoldALock,
 }
 
 /// A file system with one promise broken.
@@ -142,6 +145,10 @@ impl Fs for Mutant {
 
     fn cancels(&self) -> bool {
         self.inner.cancels()
+    }
+
+    fn faults_inline(&self) -> bool {
+        self.inner.faults_inline()
     }
 
     fn pins(&self) -> Option<Pins> {
@@ -331,6 +338,7 @@ impl Handle for MutantFile {
         }
         self.transfers.fetch_add(1, Ordering::Relaxed);
         let start = self.start(at)?;
+        let _held = (self.mutation == Mutation::HoldALock).then(|| rank::enter(Rank::Leaf));
         let result = self.inner.read(to, at, self.how(how));
         if self.mutation == Mutation::MoveOnFailure && result.is_err() && at == At::Position {
             self.inner.seek(start + 1)?;

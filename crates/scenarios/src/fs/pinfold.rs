@@ -112,6 +112,10 @@ impl Fs for Library {
         true
     }
 
+    fn faults_inline(&self) -> bool {
+        self.delivery == Delivery::Inline
+    }
+
     fn pins(&self) -> Option<Pins> {
         let cache = self.volume.statistics().cache;
         Some(Pins {
