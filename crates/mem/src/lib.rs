@@ -47,7 +47,7 @@ pub use homes::Homes;
 pub use iov::{Direction, IovCursor};
 pub use lend::{Lending, PinStop, PinnedPart};
 pub use mapped::{Lent, MappedMemory, SignalVerdict};
-pub use quiet::Quiet;
+pub use quiet::{Expecting, Quiet};
 pub use span::{AlignedBuf, IoSpan, RawSpan, Segments};
 pub use uffd::{Delivery, InstallStop, Installed, Privilege, Uffd};
 pub use window::{UserMap, UserMapKind, Window};

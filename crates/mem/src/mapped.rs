@@ -133,7 +133,7 @@ type Table = Vec<Arc<Entry>>;
 /// The entries of one mapping.
 type Entries = SmallVec<[Arc<Entry>; 1]>;
 
-/// Ranges in the table; what everything else depends on.
+/// Ranges in the table, and mappings about to be made; what everything else depends on.
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 /// The table; null while it is empty. A leaked `Box`, freed by who replaces it.
 static TABLE: AtomicPtr<Table> = AtomicPtr::new(std::ptr::null_mut());
@@ -149,6 +149,11 @@ static EPOCHS: std::sync::LazyLock<Epochs> = std::sync::LazyLock::new(Epochs::ne
 #[must_use]
 pub fn any() -> bool {
     COUNT.load(Ordering::Relaxed) != 0
+}
+
+/// Changes the number of mappings there are, or are about to be.
+pub(crate) fn count(by: isize) {
+    COUNT.fetch_add(by.cast_unsigned(), Ordering::SeqCst);
 }
 
 /// Enters a range of addresses that `memory` answers for.
@@ -273,7 +278,7 @@ fn change(gone: &[Arc<Entry>], added: &[Arc<Entry>]) -> Result<(), InsertError> 
         }
         next.insert(at, Arc::clone(entry));
     }
-    let count = next.len();
+    let (count, present_count) = (next.len(), present.len());
     if count > MAPPINGS_MAX && !added.is_empty() {
         return Err(InsertError::TooMany);
     }
@@ -283,7 +288,8 @@ fn change(gone: &[Arc<Entry>], added: &[Arc<Entry>]) -> Result<(), InsertError> 
         Box::into_raw(Box::new(next))
     };
     TABLE.store(new, Ordering::Release);
-    COUNT.store(count, Ordering::Release);
+    // Both fit: the table has a limit.
+    self::count(count as isize - present_count as isize);
     EPOCHS.synchronize();
     if !old.is_null() {
         // SAFETY: made by Box::into_raw above; no look-up sees it any more, and `present` is not used again.

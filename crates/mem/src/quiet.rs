@@ -2,9 +2,12 @@
 //!
 //! A handler that touches mapped memory takes a fault wherever it happens to run. On top of a thread that holds a lock of
 //! ours it would wait for what only that thread can release (SEMANTICS.md F-9, T67), so signals wait until the thread
-//! holds nothing. Without mappings no handler can fault on us, and nothing is done.
+//! holds nothing. Without mappings no handler can fault on us, and calls are only counted: whoever makes the first mapping
+//! waits for those under way.
 
 use std::marker::PhantomData;
+
+mod calls;
 
 /// Signals that the thread's own instructions raise, which blocked would kill the process; and the two (SIGCANCEL,
 /// SIGSETXID) by which the C library reaches its threads, which pthread_sigmask(3) never blocks either.
@@ -29,6 +32,8 @@ type Mask = u64;
 pub struct Quiet {
     /// The mask to come back to; `None` when nothing was changed.
     before: Option<Mask>,
+    /// The note of a call that signals may interrupt.
+    noted: Option<calls::Noted>,
     /// The mask is the thread's: the undoing must happen there too.
     _here: PhantomData<*const ()>,
 }
@@ -40,11 +45,21 @@ impl std::fmt::Debug for Quiet {
 }
 
 impl Quiet {
-    /// Keeps signals away if the process has mappings. One relaxed load otherwise.
+    /// Keeps signals away if the process has mappings. Two plain stores and a load otherwise.
     #[inline]
     pub fn enter() -> Self {
+        let noted = calls::begin();
+        if !crate::mapped::any() {
+            return Self {
+                before: None,
+                noted: Some(noted),
+                _here: PhantomData,
+            };
+        }
+        calls::end(noted);
         Self {
-            before: if crate::mapped::any() { block() } else { None },
+            before: block(),
+            noted: None,
             _here: PhantomData,
         }
     }
@@ -56,12 +71,38 @@ impl Drop for Quiet {
         if let Some(before) = self.before {
             set_mask(libc::SIG_SETMASK, before);
         }
+        if let Some(noted) = self.noted {
+            calls::end(noted);
+        }
+    }
+}
+
+/// While it lives, calls begin as if the process had a mapping.
+#[derive(Debug)]
+#[must_use = "a mapping has to be made before this is dropped"]
+pub struct Expecting(());
+
+impl Expecting {
+    /// Says that a mapping is about to be made, and waits for the calls under way that signals may interrupt: until half a
+    /// minute has passed, and not for this thread's own. Nothing may be held, and no call be begun but of what makes mappings.
+    pub fn a_mapping() -> Self {
+        crate::mapped::count(1);
+        let expecting = Self(());
+        calls::wait_for_all();
+        expecting
+    }
+}
+
+impl Drop for Expecting {
+    fn drop(&mut self) {
+        crate::mapped::count(-1);
     }
 }
 
 /// Keeps signals away from this thread for good: how every background thread of the library begins.
 pub fn keep_signals_away() {
     let _ = block();
+    calls::exempt();
 }
 
 #[cold]
@@ -105,6 +146,7 @@ mod tests {
         assert!(!is_blocked(libc::SIGUSR1));
         let quiet = Quiet {
             before: block(),
+            noted: None,
             _here: PhantomData,
         };
         assert!(is_blocked(libc::SIGUSR1) && is_blocked(libc::SIGRTMAX()));

@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 use pinfold_base::{Errno, PAGE_SIZE, Progress};
 use pinfold_cache::{MapOutcome, PagePin, PinKind};
 use pinfold_fault::{MapRequest, Placed};
-use pinfold_mem::{self as mem, CopyStop, Delivery, Quiet, UserMapKind};
+use pinfold_mem::{self as mem, CopyStop, Delivery, Expecting, Quiet, UserMapKind};
 use pinfold_store::{Seek, SyncScope};
 
 pub use pinfold_fault::Advice;
@@ -184,6 +184,9 @@ impl File {
     /// is to be had; `ENOMEM` for too many mappings or too little address space.
     pub fn map(&self, range: Range<u64>, options: &MapOptions) -> Result<Mapping> {
         const OPERATION: &str = "map";
+        // Until the mapping is in the table. From its return on handlers know its address, so no call may be under way that
+        // one of them could interrupt.
+        let _expecting = Expecting::a_mapping();
         let _quiet = self.enter(OPERATION)?;
         let told = |error: Error| error.at_range(range.clone()).at_path_of(self);
         let refuse = |errno| told(Error::invalid(OPERATION, errno));
