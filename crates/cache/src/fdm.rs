@@ -10,7 +10,7 @@
 //! *Does not own*: the direct write (`pinfold`), which blocks the gate, drops cached pages before and after, and decides how
 //! often it tries.
 //!
-//! *Locking*: waits for a gate with another one blocked (class 4 twice), the later of the two by [`FilePages::id`]. Never
+//! *Locking*: waits for a gate with another one blocked (class 4 twice), the one with the higher number of the two. Never
 //! by an address, and not across nodes: a glock cannot be had in such an order.
 //!
 //! ```text

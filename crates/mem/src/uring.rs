@@ -45,6 +45,7 @@
 //! | 4 KiB / 1 MiB writes | 3.7 / 20 | | |
 
 use std::fmt;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -223,6 +224,8 @@ pub struct Engine {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
     backend: Backend,
+    /// The addresses of the arena whose chunks may be registered.
+    arena: Range<usize>,
 }
 
 /// A way to the threads.
@@ -254,6 +257,10 @@ impl Engine {
             shared: Arc::new(Shared::default()),
             threads: Vec::new(),
             backend: Backend::Ring,
+            arena: config.arena.as_ref().map_or(0..0, |arena| {
+                let base = arena.base() as usize;
+                base..base + arena.bytes()
+            }),
         };
         let started = match config.backend {
             Some(Backend::Threads) => Err(Errno::ENOSYS),
@@ -313,6 +320,14 @@ impl Engine {
     #[must_use]
     pub fn fixed_chunks(&self) -> usize {
         self.shared.fixed_chunks.load(Ordering::Relaxed)
+    }
+
+    /// Tells whether a transfer's memory, by its first byte, is likely to be registered.
+    #[must_use]
+    pub fn is_registered(&self, segments: &Segments) -> bool {
+        let first = segments.spans().first();
+        self.fixed_chunks() > 0
+            && first.is_some_and(|span| self.arena.contains(&(span.as_ptr() as usize)))
     }
 
     /// Returns what the engine has done so far.

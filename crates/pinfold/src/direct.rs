@@ -138,7 +138,7 @@ impl File {
             let error = Error::cache("read", CacheError::WouldBlock);
             return Progress::stopped(0, Stop::Refused(error));
         }
-        if let Err(error) = inode.flush_range(wanted) {
+        if let Err(error) = inode.make_stored(wanted) {
             return Progress::stopped(0, Stop::Io(error));
         }
         // Nothing past the block that holds the end is touched.
@@ -548,7 +548,7 @@ pub(crate) fn past_cache<E: From<StoreError> + From<Cached>>(
     pages.harvest(range.clone(), Harvest::Withdraw);
     let mut tries = 0;
     loop {
-        if let Err(error) = inode.flush_range(bytes.clone()) {
+        if let Err(error) = inode.make_stored(bytes.clone()) {
             return Progress::stopped(0, error.into());
         }
         if pages.invalidate(range.clone()) {

@@ -197,12 +197,17 @@ impl Inode {
     }
 
     pub(crate) fn flush_range(&self, bytes: Range<u64>) -> std::result::Result<(), StoreError> {
-        let len = bytes.end.saturating_sub(bytes.start);
-        let outcome = self
-            .pages
-            .write_back(page_span(bytes.start, len), Mode::Integrity);
+        let outcome = self.make_stored(bytes);
         self.tell_times();
-        outcome.map(drop)
+        outcome
+    }
+
+    /// Writes back what is dirty of a range. Leaves the stored times as they are where nothing is: they are put right at the
+    /// next sync, which a direct transfer need not wait for.
+    pub(crate) fn make_stored(&self, bytes: Range<u64>) -> std::result::Result<(), StoreError> {
+        let len = bytes.end.saturating_sub(bytes.start);
+        let pages = page_span(bytes.start, len);
+        self.pages.write_back(pages, Mode::Integrity).map(drop)
     }
 
     fn tell_times(&self) {

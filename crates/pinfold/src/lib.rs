@@ -68,10 +68,12 @@ pub use pinfold_store::dir::namespace::DirEntry;
 pub use pinfold_store::{Object, Seek, StoreError, TimeLimitSnapshot, testing};
 pub use resize::AllocateMode;
 
-/// The engine's own locks, for who measures them. Nothing is promised of any of it.
+/// The engine's own locks and pins, for who measures them. Nothing is promised of any of it.
 #[doc(hidden)]
 pub mod protocols {
     pub use pinfold_cache::{Gate, schemes};
+    pub use pinfold_mem::Segments;
+    pub use pinfold_mem::lend::Limits;
 }
 
 pub use volume::{Capabilities, Statistics, Volume, VolumeBuilder};

@@ -325,7 +325,7 @@ impl DirObject {
 
     /// Tells whether a transfer that is waited for costs less by way of the ring.
     fn ring_is_cheaper(&self, segments: &Segments) -> bool {
-        segments.bytes() >= RING_WAIT_MIN && self.engine.fixed_chunks() > 0
+        segments.bytes() >= RING_WAIT_MIN && self.engine.is_registered(segments)
     }
 
     /// Moves one range in the calling thread, part by part.

@@ -18,7 +18,7 @@ use rustix::io::ReadWriteFlags;
 use super::Plan;
 use super::rounds::{Side, take_turns};
 use super::row::{Row, Target, Unit};
-use super::scratch::{self, Offsets, PAGE};
+use super::scratch::{self, Offsets, PAGE, thread_time_ns};
 use super::stream;
 
 mod protocols;
@@ -43,7 +43,8 @@ const FDM: &str = "faults_disabled_mapping";
 const PREFAULT: &str = "prefaulting first";
 
 pub(super) fn run(plan: &Plan) -> Result<Vec<Row>> {
-    let mut rows = transfers(plan)?;
+    let mut rows = plain_transfers(plan)?;
+    rows.extend(mapped_transfers(plan)?);
     rows.extend(when_faults_are_taken(plan)?);
     rows.extend(prefaulting(plan)?);
     rows.extend(protocols::run(plan)?);
@@ -105,17 +106,18 @@ fn touch(view: &View<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Times calls of `len` bytes each at random offsets; returns microseconds a call.
-fn timed(len: usize, mut call: impl FnMut(u64, usize) -> Result<usize>) -> Result<[f64; 1]> {
+/// Times calls of `len` bytes each at random offsets; returns microseconds a call, and those the thread was at work.
+fn timed(len: usize, mut call: impl FnMut(u64, usize) -> Result<usize>) -> Result<[f64; 2]> {
     let calls = (TURN_BYTES / len).min(TURN_CALLS);
     let mut offsets = Offsets::new(SIZE - len as u64, calls as u64);
-    let start = Instant::now();
+    let (start, work) = (Instant::now(), thread_time_ns());
     for number in 0..calls {
         let buffer = number * len % BUFFER;
         let moved = call(offsets.next(), buffer)?;
         anyhow::ensure!(moved == len, "{moved} bytes of {len} moved");
     }
-    Ok([start.elapsed().as_secs_f64() * 1e6 / calls as f64])
+    let work = thread_time_ns() - work;
+    Ok([start.elapsed().as_secs_f64() * 1e6, work / 1e3].map(|all| all / calls as f64))
 }
 
 /// A buffer of [`BUFFER`] bytes.
@@ -138,7 +140,7 @@ fn side<'a>(
     memory: &'a Memory<'_>,
     len: usize,
     call: impl Fn(&UserIov<'_>, u64) -> Result<usize> + 'a,
-) -> Side<'a, 1> {
+) -> Side<'a, 2> {
     Box::new(move || timed(len, |offset, at| call(&memory.part(at..at + len), offset)))
 }
 
@@ -154,10 +156,25 @@ fn ours_writes(file: &File, from: &UserIov<'_>, offset: u64) -> Result<usize> {
     Ok(file.write_cursor(&mut cursor, offset, &how).posix()? as usize)
 }
 
-fn transfers(plan: &Plan) -> Result<Vec<Row>> {
+/// Before any file is mapped: such a process pays nothing for mappings.
+fn plain_transfers(plan: &Plan) -> Result<Vec<Row>> {
+    let dir = plan.scratch.dir("plain")?;
+    scratch::make_file(&dir.join("device"), SIZE)?;
+    let volume = Volume::builder().memory(plan.memory).open_dir(&dir)?;
+    let ours = volume.open("device", &options().direct(true))?;
+    let kernel = stream::direct(&dir.join("device"), false)?;
+    // One for both sides: whether the kernel has it in large pages is a matter of its address.
+    let region = Region::pages(BUFFER / PAGE).map_err(|errno| anyhow!("mmap: {errno}"))?;
+    region
+        .fill(0..BUFFER, b'p')
+        .map_err(|errno| anyhow!("{errno}"))?;
+    let memory = Memory::Plain(region);
+    beside_the_kernel(plan, "plain", (&ours, &memory), (&kernel, &memory))
+}
+
+fn mapped_transfers(plan: &Plan) -> Result<Vec<Row>> {
     let bed = Bed::new(plan, "direct", false)?;
     let kernel = stream::direct(&plan.scratch.dir("direct")?.join("device"), false)?;
-    let none = ReadWriteFlags::empty();
     // What the kernel's side maps is a file of its own.
     let buffer = plan.scratch.path().join("direct-buffer");
     scratch::make_file(&buffer, BUFFER as u64)?;
@@ -166,52 +183,50 @@ fn transfers(plan: &Plan) -> Result<Vec<Row>> {
         .map_err(|errno| anyhow!("mmap: {errno}"))?;
     bed.warm()?;
     touch(&theirs.view())?;
-    let plain = || -> Result<_> {
-        let region = Region::pages(BUFFER / PAGE).map_err(|errno| anyhow!("mmap: {errno}"))?;
-        region
-            .fill(0..BUFFER, b'p')
-            .map_err(|errno| anyhow!("{errno}"))?;
-        Ok(Memory::Plain(region))
-    };
-    let buffers = [
-        ("plain", plain()?, plain()?),
-        (
-            "mapped",
-            Memory::Mapped(bed.view()?),
-            Memory::Mapped(theirs.view()),
-        ),
-    ];
+    let (ours, theirs) = (Memory::Mapped(bed.view()?), Memory::Mapped(theirs.view()));
+    beside_the_kernel(plan, "mapped", (&bed.direct, &ours), (&kernel, &theirs))
+}
+
+/// Both directions, in small and large calls.
+fn beside_the_kernel(
+    plan: &Plan,
+    kind: &str,
+    ours: (&File, &Memory<'_>),
+    theirs: (&std::fs::File, &Memory<'_>),
+) -> Result<Vec<Row>> {
+    let (fd, none) = (theirs.0.as_fd(), ReadWriteFlags::empty());
     let mut rows = Vec::new();
-    for (kind, ours, theirs) in &buffers {
-        for (size, len) in [("4 KiB", PAGE), ("1 MiB", 1 << 20)] {
-            let about = format!("direct read, {size}, {kind} memory");
-            let sides = vec![
-                side(ours, len, |to, offset| ours_reads(&bed.direct, to, offset)),
-                side(theirs, len, |to, offset| {
-                    region::read(kernel.as_fd(), to, At::Offset(offset), none).context("pread")
-                }),
-            ];
-            rows.push(beside_o_direct(plan, about, sides)?);
-            let about = format!("direct write, {size}, {kind} memory");
-            let sides = vec![
-                side(ours, len, |from, offset| {
-                    ours_writes(&bed.direct, from, offset)
-                }),
-                side(theirs, len, |from, offset| {
-                    region::write(kernel.as_fd(), from, At::Offset(offset), none).context("pwrite")
-                }),
-            ];
-            rows.push(beside_o_direct(plan, about, sides)?);
-        }
+    for (size, len) in [("4 KiB", PAGE), ("1 MiB", 1 << 20)] {
+        let about = format!("direct read, {size}, {kind} memory");
+        let sides = vec![
+            side(ours.1, len, |to, offset| ours_reads(ours.0, to, offset)),
+            side(theirs.1, len, |to, offset| {
+                region::read(fd, to, At::Offset(offset), none).context("pread")
+            }),
+        ];
+        rows.extend(beside_o_direct(plan, about, sides)?);
+        let about = format!("direct write, {size}, {kind} memory");
+        let sides = vec![
+            side(ours.1, len, |from, offset| {
+                ours_writes(ours.0, from, offset)
+            }),
+            side(theirs.1, len, |from, offset| {
+                region::write(fd, from, At::Offset(offset), none).context("pwrite")
+            }),
+        ];
+        rows.extend(beside_o_direct(plan, about, sides)?);
     }
-    drop(buffers);
     Ok(rows)
 }
 
-fn beside_o_direct(plan: &Plan, about: String, sides: Vec<Side<'_, 1>>) -> Result<Row> {
+fn beside_o_direct(plan: &Plan, about: String, sides: Vec<Side<'_, 2>>) -> Result<[Row; 2]> {
     let found = take_turns(&plan.screen, &about, plan.rounds, sides)?;
-    let unit = Unit::Microseconds;
-    Ok(Row::new(about, unit, found[0][0], "O_DIRECT", found[1][0]).held_to(AS_GOOD))
+    let row = |about: String, which: usize| {
+        let (ours, theirs) = (found[0][which], found[1][which]);
+        Row::new(about, Unit::Microseconds, ours, "O_DIRECT", theirs)
+    };
+    let work = row(format!("{about}: processor"), 1);
+    Ok([row(about, 0).held_to(AS_GOOD), work])
 }
 
 /// When a source that is not there is brought in: with nothing held, or with the gate blocked.
@@ -223,26 +238,29 @@ fn when_faults_are_taken(plan: &Plan) -> Result<Vec<Row>> {
         ("direct write, 64 KiB, mapped memory, cold", true),
         ("the same, warm", false),
     ] {
-        let turn = |bed: &Bed| -> Result<[f64; 1]> {
+        let turn = |bed: &Bed| -> Result<[f64; 2]> {
             bed.warm()?;
             let view = bed.view()?;
-            let mut spent = Duration::ZERO;
+            let (mut spent, mut work) = (Duration::ZERO, 0.0);
             for call in 0..COLD_CALLS {
                 if cold {
                     bed.source.drop_cache()?;
                 }
                 let at = call * COLD % BUFFER;
-                let start = Instant::now();
+                let (start, before) = (Instant::now(), thread_time_ns());
                 let moved = ours_writes(&bed.direct, &view.iov(at..at + COLD), at as u64)?;
                 spent += start.elapsed();
+                work += thread_time_ns() - before;
                 anyhow::ensure!(moved == COLD, "{moved} bytes of {COLD} moved");
             }
-            Ok([spent.as_secs_f64() * 1e6 / COLD_CALLS as f64])
+            Ok([spent.as_secs_f64() * 1e6, work / 1e3].map(|all| all / COLD_CALLS as f64))
         };
-        let sides: Vec<Side<'_, 1>> = vec![Box::new(|| turn(&zero)), Box::new(|| turn(&fdm))];
+        let sides: Vec<Side<'_, 2>> = vec![Box::new(|| turn(&zero)), Box::new(|| turn(&fdm))];
         let found = take_turns(&plan.screen, about, plan.rounds, sides)?;
         let unit = Unit::Microseconds;
         rows.push(Row::new(about, unit, found[0][0], FDM, found[1][0]));
+        let about = format!("{about}: processor");
+        rows.push(Row::new(about, unit, found[0][1], FDM, found[1][1]));
     }
     let about = "two files from each other's mappings, cold";
     let sides: Vec<Side<'_, 1>> = vec![Box::new(|| cross(&zero)), Box::new(|| cross(&fdm))];
@@ -312,14 +330,14 @@ fn prefaulting(plan: &Plan) -> Result<Vec<Row>> {
     let cached_writes = |first: bool| -> Result<[f64; 1]> {
         let from = memory.iov(0..PAGE);
         let mut offsets = Offsets::new(BUFFER as u64, 3);
-        let start = Instant::now();
+        let start = thread_time_ns();
         for _ in 0..CACHED_CALLS {
             prefault(first, &from);
             ours_writes(&cached, &from, offsets.next())?;
         }
-        Ok([start.elapsed().as_secs_f64() * 1e9 / CACHED_CALLS as f64])
+        Ok([(thread_time_ns() - start) / CACHED_CALLS as f64])
     };
-    let direct_writes = |first: bool| -> Result<[f64; 1]> {
+    let direct_writes = |first: bool| -> Result<[f64; 2]> {
         timed(COLD, |offset, at| {
             let from = view.iov(at..at + COLD);
             prefault(first, &from);
@@ -337,14 +355,14 @@ fn prefaulting(plan: &Plan) -> Result<Vec<Row>> {
     let found = take_turns(&plan.screen, about, plan.rounds, sides)?;
     let unit = Unit::Nanoseconds;
     rows.push(Row::new(about, unit, found[0][0], PREFAULT, found[1][0]));
-    let sides: Vec<Side<'_, 1>> = vec![
+    let sides: Vec<Side<'_, 2>> = vec![
         Box::new(|| direct_writes(false)),
         Box::new(|| direct_writes(true)),
     ];
-    let about = "direct write, 64 KiB, mapped memory, warm";
+    let about = "direct write, 64 KiB, mapped memory, warm: processor";
     let found = take_turns(&plan.screen, about, plan.rounds, sides)?;
     let unit = Unit::Microseconds;
-    rows.push(Row::new(about, unit, found[0][0], PREFAULT, found[1][0]));
+    rows.push(Row::new(about, unit, found[0][1], PREFAULT, found[1][1]));
     Ok(rows)
 }
 

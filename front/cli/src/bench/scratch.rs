@@ -1,4 +1,4 @@
-//! The files that are measured on: made, brought to a state, removed at the end.
+//! The files that are measured on: made, brought to a state, removed at the end; and the clock of a thread's own work.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use rustix::fs::Advice;
+use rustix::time::{ClockId, clock_gettime};
 
 /// The transfer size of sequential reads and writes, in bytes.
 pub(super) const CHUNK: usize = 1 << 20;
@@ -141,6 +142,12 @@ impl Offsets {
         self.state ^= self.state << 17;
         ((u128::from(self.state) * u128::from(self.pages)) >> 64) as u64 * PAGE as u64
     }
+}
+
+/// Returns the processor time of this thread, in user and kernel mode.
+pub(super) fn thread_time_ns() -> f64 {
+    let now = clock_gettime(ClockId::ThreadCPUTime);
+    now.tv_sec as f64 * 1e9 + now.tv_nsec as f64
 }
 
 #[cfg(test)]

@@ -7,12 +7,11 @@ use std::path::Path;
 
 use anyhow::Result;
 use pinfold::{File, OpenOptions, Volume};
-use rustix::time::{ClockId, clock_gettime};
 
 use super::Plan;
 use super::rounds::{Sample, Side, take_turns};
 use super::row::{Row, Target, Unit};
-use super::scratch::{self, Offsets, PAGE, drop_cached, make_file, read_all};
+use super::scratch::{self, Offsets, PAGE, drop_cached, make_file, read_all, thread_time_ns};
 
 /// Operations of one turn.
 const OPERATIONS: u64 = 100_000;
@@ -157,12 +156,6 @@ fn timed(
         call(offsets.next())?;
     }
     Ok([(thread_time_ns() - start) / operations as f64])
-}
-
-/// Returns the processor time of this thread, in user and kernel mode.
-fn thread_time_ns() -> f64 {
-    let now = clock_gettime(ClockId::ThreadCPUTime);
-    now.tv_sec as f64 * 1e9 + now.tv_nsec as f64
 }
 
 fn ours_reads(file: &File, size: u64) -> Side<'_, 1> {

@@ -5,8 +5,8 @@ use std::process::Command;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use pinfold_mem::AlignedBuf;
 use pinfold_mem::uring::{Backend, EngineConfig};
+use pinfold_mem::{AlignedBuf, Arena};
 
 use super::*;
 use crate::testing::Seed;
@@ -135,6 +135,30 @@ fn a_waited_for_write_is_made_by_the_calling_thread_whatever_its_alignment() {
         );
     }
     assert_eq!(submitted(), before, "nothing went through the engine");
+}
+
+/// The hand-over to the ring pays for registered memory alone.
+#[test]
+fn large_waited_for_transfers_of_other_memory_are_made_by_the_calling_thread() {
+    let arena = Arena::new(1 << 20).unwrap();
+    // Ready, so that it is registered.
+    let _frame = arena.alloc(1).unwrap();
+    let engine = Engine::start(EngineConfig::automatic(Some(arena))).unwrap();
+    let f = fixture_in(&std::env::temp_dir(), b"", engine);
+    // The ring's thread registers chunks before it sends anything off.
+    let (nothing, _) = read(&f.object, 0, 512);
+    assert_eq!(nothing, Progress::complete(0));
+    if f.object.engine.fixed_chunks() == 0 {
+        eprintln!("skipped: no memory could be registered");
+        return;
+    }
+    let submitted = || f.object.engine.statistics().submitted;
+    let (before, data) = (submitted(), pattern(2 << 20, 1));
+    let memory = segments(&data);
+    assert_eq!(f.object.write_wait(0, &memory), Progress::complete(2 << 20));
+    assert_eq!(f.object.read_wait(0, &memory), Progress::complete(2 << 20));
+    assert_eq!(submitted(), before, "it went through the engine");
+    assert!(std::fs::read(&f.path).unwrap() == data);
 }
 
 #[test]

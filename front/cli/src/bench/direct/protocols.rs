@@ -3,21 +3,21 @@
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Barrier, RwLock};
-use std::time::Instant;
 
 use anyhow::Result;
-use pinfold::protocols::Gate;
+use pinfold::Direction;
 use pinfold::protocols::schemes::{OneWord, PageLock, Scheme, TwoWords};
+use pinfold::protocols::{Gate, Limits, Segments};
 
 use super::super::Plan;
 use super::super::rounds::{Side, take_turns};
 use super::super::row::{Row, Unit};
-use super::super::scratch::PAGE;
-use super::Bed;
+use super::super::scratch::{PAGE, thread_time_ns};
+use super::{BUFFER, Bed};
 
 /// Operations of one turn.
 const OPERATIONS: u64 = 500_000;
-/// The same of those that look pages up.
+/// Pages of one turn of those that look pages up.
 const PINS: u64 = 50_000;
 /// Pages that one transfer pins.
 const PINNED: usize = 16;
@@ -29,13 +29,13 @@ pub(super) fn run(plan: &Plan) -> Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Times `operations` runs of `work`; returns nanoseconds each.
+/// Times `operations` runs of `work`; returns nanoseconds of processor time each.
 fn timed(operations: u64, mut work: impl FnMut()) -> [f64; 1] {
-    let start = Instant::now();
+    let start = thread_time_ns();
     for _ in 0..operations {
         work();
     }
-    [start.elapsed().as_secs_f64() * 1e9 / operations as f64]
+    [(thread_time_ns() - start) / operations as f64]
 }
 
 fn alone<'a>(work: impl Fn() + 'a) -> Side<'a, 1> {
@@ -61,32 +61,32 @@ fn disturbed<'a>(work: impl Fn() + Sync + 'a, beside: impl Fn() + Sync + 'a) -> 
     })
 }
 
-/// Through the public door: look-up, pin, the note of who holds it, and back.
+/// What a direct transfer does about mapped memory: look pages up, pin them, note who holds them, and give them back.
 fn pins(plan: &Plan) -> Result<Vec<Row>> {
     let bed = Bed::new(plan, "pins", false)?;
     bed.warm()?;
-    let side = |pages: usize| -> Side<'_, 1> {
-        let map = &bed.map;
-        Box::new(move || {
-            let start = Instant::now();
-            for _ in 0..PINS / pages as u64 {
-                drop(black_box(map.pin(0..pages * PAGE, false)?));
-            }
-            let each = PINS - PINS % pages as u64;
-            Ok([start.elapsed().as_secs_f64() * 1e9 / each as f64])
-        })
+    let view = bed.view()?;
+    let limits = Limits {
+        mapped_max: BUFFER,
+        granule: PAGE,
     };
-    let about = "pin and unpin mapped pages, one by one";
-    let sides = vec![side(1), side(PINNED)];
+    let pin = |pages: usize| -> Result<[f64; 1]> {
+        let buffer = view.iov(0..pages * PAGE);
+        let cursor = buffer.cursor(Direction::Source);
+        let calls = PINS / pages as u64;
+        let mut pinned = 0;
+        let took = timed(calls, || {
+            pinned += Segments::lend_user(&cursor, &limits, Segments::bytes).bytes;
+        });
+        anyhow::ensure!(pinned == calls as usize * pages * PAGE, "pages were cold");
+        Ok(took.map(|each| each / pages as f64))
+    };
+    let about = "pin and unpin a mapped page for a transfer";
+    let sides: Vec<Side<'_, 1>> = vec![Box::new(|| pin(1)), Box::new(|| pin(PINNED))];
     let found = take_turns(&plan.screen, about, plan.rounds, sides)?;
     let other = format!("{PINNED} a call, each");
-    Ok(vec![Row::new(
-        about,
-        Unit::Nanoseconds,
-        found[0][0],
-        other,
-        found[1][0],
-    )])
+    let (one, many) = (found[0][0], found[1][0]);
+    Ok(vec![Row::new(about, Unit::Nanoseconds, one, other, many)])
 }
 
 fn pin_and_unpin(page: &impl Scheme) {
