@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
@@ -22,6 +22,7 @@ use crate::gate::{AddGuard, Gate};
 use crate::index::Key;
 use crate::lease::PageRef;
 use crate::map::ReverseMap;
+use crate::pin::KeptPins;
 use crate::readahead::ReadAhead;
 use crate::state::{DIRTY, HOME_ARENA, LOCKED, RefOutcome, UPTODATE};
 
@@ -91,7 +92,7 @@ pub struct FilePages {
     errors: ErrSeq,
     owner: OnceLock<Weak<dyn Owner>>,
     /// Pins that last as long as the program likes.
-    pub(crate) pins_kept: AtomicUsize,
+    pub(crate) kept: KeptPins,
     /// Whether the flusher knows this file.
     pub(crate) listed: AtomicBool,
 }
@@ -141,7 +142,7 @@ impl FilePages {
             stored_to_ns: AtomicU64::new(0),
             errors: ErrSeq::default(),
             owner: OnceLock::new(),
-            pins_kept: AtomicUsize::new(0),
+            kept: KeptPins::default(),
             listed: AtomicBool::new(false),
         })
     }
@@ -810,6 +811,8 @@ impl FilePages {
     ///
     /// Waits for transfers under way of every page concerned, the one that holds the end included: one that ends
     /// after the store was cut would make the stored file longer again, with bytes that a later growth would show.
+    ///
+    /// Private copies of the pages go as well, as in Linux: last, since a copy may be made of a page as long as that is there.
     pub fn truncate(&self, end: u64) {
         self.set_end(end);
         let at = (end % PAGE_SIZE) as usize;
@@ -820,7 +823,11 @@ impl FilePages {
             folio.protect();
             folio.zero_from(at);
         }
-        self.discard(end.div_ceil(PAGE_SIZE)..u64::MAX);
+        let beyond = end.div_ceil(PAGE_SIZE)..u64::MAX;
+        self.discard(beyond.clone());
+        if let Some(reverse) = self.reverse.get() {
+            reverse.cut(beyond);
+        }
     }
 
     /// Drops the clean pages of `range`, once their transfers have ended; returns false if any was dirty and stayed, or is

@@ -50,6 +50,7 @@ pub mod writeback;
 use std::fmt;
 
 use pinfold_base::Errno;
+use pinfold_mem::window::WindowError;
 use pinfold_store::StoreError;
 
 pub use cache::{Cache, CacheConfig, CacheSnapshot, Census, MEMORY_MIN};
@@ -77,8 +78,10 @@ pub enum CacheError {
     WouldBlock,
     /// The caller's cancellation came first.
     Interrupted,
-    /// The system refused what a mapping needs: descriptors, address space, memory.
+    /// The system refused a mapped page its memory.
     Window(Errno),
+    /// The system refused a mapped file what it needs: a descriptor, addresses.
+    Unmappable(WindowError),
     /// So many transfers use the page that no more can be counted.
     TooManyPins,
 }
@@ -93,6 +96,7 @@ impl CacheError {
             Self::WouldBlock => Errno::EAGAIN,
             Self::Interrupted => Errno::EINTR,
             Self::Window(errno) => *errno,
+            Self::Unmappable(error) => error.errno(),
             Self::TooManyPins => Errno::ENOMEM,
         }
     }
@@ -108,6 +112,7 @@ impl fmt::Display for CacheError {
             Self::WouldBlock => f.write_str("the operation would have to wait"),
             Self::Interrupted => f.write_str("the operation was cancelled"),
             Self::Window(errno) => write!(f, "the system refused memory for a mapping: {errno}"),
+            Self::Unmappable(error) => error.fmt(f),
             Self::TooManyPins => f.write_str("too many transfers use one page"),
         }
     }
@@ -121,6 +126,7 @@ impl std::error::Error for CacheError {
             | Self::WouldBlock
             | Self::Interrupted
             | Self::Window(_)
+            | Self::Unmappable(_)
             | Self::TooManyPins => None,
         }
     }

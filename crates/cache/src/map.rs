@@ -16,7 +16,6 @@ use std::sync::Arc;
 
 use pinfold_base::{Errno, PAGE_SIZE};
 use pinfold_mem::uffd::{InstallStop, Installed};
-use pinfold_mem::window::WindowError;
 use pinfold_mem::{Access, RawSpan, Window};
 use smallvec::SmallVec;
 
@@ -77,6 +76,10 @@ pub trait MapTarget {
 pub trait ReverseMap: Send + Sync {
     /// Takes all access away from the shared mappings of these pages. Private copies stay.
     fn unmap(&self, pages: Range<u64>);
+
+    /// Takes the private copies of these pages away from the program: the file was cut off before them. Called with no folio
+    /// locked, after which none of these pages is installed until the file has grown.
+    fn cut(&self, _pages: Range<u64>) {}
 
     /// Makes these pages fault at the next store through any mapping; returns when no processor can store to them.
     fn protect(&self, pages: Range<u64>);
@@ -194,17 +197,16 @@ impl FilePages {
     /// told when access to them must end; the first call's stays.
     ///
     /// # Errors
-    /// [`CacheError::Window`]: no descriptor, no address space, or past the limit on file sizes.
+    /// [`CacheError::Unmappable`]: no descriptor, no address space, or past the limit on file sizes.
     pub fn open_window(
         &self,
         pages: u64,
         reverse: Arc<dyn ReverseMap>,
     ) -> Result<&Arc<Window>, CacheError> {
-        let refused = |error: WindowError| CacheError::Window(error.errno());
         if self.homes.window().is_none() {
             let _turn = self.opening.lock();
             if self.homes.window().is_none() {
-                let window = Window::new().map_err(refused)?;
+                let window = Window::new().map_err(CacheError::Unmappable)?;
                 self.cache().open_slots(self.id(), &window);
                 let _ = self.reverse.set(reverse);
                 self.homes.open(window);
@@ -214,7 +216,7 @@ impl FilePages {
             .homes
             .window()
             .expect("it was there, or was made above");
-        window.ensure(pages).map_err(refused)?;
+        window.ensure(pages).map_err(CacheError::Unmappable)?;
         Ok(window)
     }
 

@@ -8,15 +8,22 @@
 //!
 //! *Locking*: a pin for a transfer is a leaf. Whoever holds one takes no lock of classes 1 to 5 until the transfer has
 //! ended: truncation, eviction and the move between homes wait for it. What the program keeps pinned is waited for with
-//! nothing held ([`FilePages::kept_page`]).
+//! nothing held ([`FilePages::kept_page`]), not for ever, and not at all by the thread that took the pin
+//! ([`FilePages::keeps_itself`]): it would wait for itself.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 use std::panic::Location;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::ThreadId;
+use std::time::Instant;
 
 use pinfold_base::Errno;
+use pinfold_base::sync::Mutex;
 use pinfold_mem::{Access, Frame, Segments};
+use smallvec::SmallVec;
 
 use crate::CacheError;
 use crate::file::FilePages;
@@ -41,8 +48,58 @@ pub struct PagePin {
 enum Term {
     /// One transfer: whoever wants the page gone waits.
     Transfer,
-    /// As long as the program likes: nobody whose own thread may hold it waits.
-    Program,
+    /// As long as the program likes: nobody whose own thread may hold it waits. It was taken by that thread.
+    Program(ThreadId),
+}
+
+/// The pages of a file that the program keeps pinned.
+#[derive(Debug, Default)]
+pub(crate) struct KeptPins {
+    /// Pins, and those being taken or given back.
+    count: AtomicUsize,
+    /// Of each page, the threads that took its pins.
+    pages: Mutex<BTreeMap<u64, SmallVec<[ThreadId; 1]>>>,
+}
+
+impl KeptPins {
+    /// Notes a pin that this thread is about to take, under the page's lock.
+    fn add(&self, page: u64) -> ThreadId {
+        let thread = std::thread::current().id();
+        self.count.fetch_add(1, Ordering::AcqRel);
+        self.pages.lock().entry(page).or_default().push(thread);
+        thread
+    }
+
+    /// Notes that a pin is gone, or was not taken.
+    fn remove(&self, page: u64, thread: ThreadId) {
+        let mut pages = self.pages.lock();
+        if let Entry::Occupied(mut threads) = pages.entry(page) {
+            let list = threads.get_mut();
+            if let Some(at) = list.iter().position(|&other| other == thread) {
+                list.swap_remove(at);
+            }
+            if list.is_empty() {
+                threads.remove();
+            }
+        }
+        drop(pages);
+        self.count.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    fn any(&self) -> bool {
+        self.count.load(Ordering::Acquire) > 0
+    }
+
+    /// Tells whether any pin of these pages is of a thread that `which` says.
+    fn any_of(&self, pages: Range<u64>, which: impl Fn(ThreadId) -> bool) -> bool {
+        let of = |threads: &SmallVec<[ThreadId; 1]>| threads.iter().copied().any(&which);
+        self.any()
+            && self
+                .pages
+                .lock()
+                .range(pages)
+                .any(|(_, threads)| of(threads))
+    }
 }
 
 /// Where a pin was taken.
@@ -205,11 +262,11 @@ impl FilePages {
     ) -> Result<PagePin, CacheError> {
         let (page, frame) = (folio.page(), folio.frame());
         // Before the pin, under the lock that those take who look.
-        self.pins_kept.fetch_add(1, Ordering::AcqRel);
+        let thread = self.kept.add(page);
         match self.cache().header(frame).state.pin_locked(kind) {
-            Ok(_) => Ok(self.pinned(page, frame, kind, Term::Program)),
+            Ok(_) => Ok(self.pinned(page, frame, kind, Term::Program(thread))),
             Err(errno) => {
-                self.pins_kept.fetch_sub(1, Ordering::AcqRel);
+                self.kept.remove(page, thread);
                 // Valid and locked by us, so nothing else refuses; but an answer is better than a promise.
                 Err(match errno {
                     Errno::ENOMEM => CacheError::TooManyPins,
@@ -226,7 +283,7 @@ impl FilePages {
     /// about to pin the next page, to fault, or to make another call on this file (D-4).
     #[must_use]
     pub fn kept_page(&self, range: Range<u64>) -> Option<Kept> {
-        if self.pins_kept.load(Ordering::Acquire) == 0 {
+        if !self.kept.any() {
             return None;
         }
         self.cached_pages(range).into_iter().find_map(|page| {
@@ -235,14 +292,24 @@ impl FilePages {
         })
     }
 
-    /// Sleeps until a page that was kept is pinned no longer. Nothing may be held.
-    pub fn wait_unkept(&self, kept: Kept) {
+    /// Tells whether the calling thread itself took a pin of any of these pages that is kept: then it must not wait.
+    #[must_use]
+    pub fn keeps_itself(&self, pages: Range<u64>) -> bool {
+        let this = std::thread::current().id();
+        self.kept.any_of(pages, |thread| thread == this)
+    }
+
+    /// Sleeps until a page that was kept is pinned no longer; false when `deadline` came first: who keeps it may wait for
+    /// the caller. Nothing may be held.
+    #[must_use]
+    pub fn wait_unkept(&self, kept: Kept, deadline: Instant) -> bool {
         let (Kept(frame, page), cache) = (kept, self.cache());
-        let key = self.key(page);
+        let (key, state) = (self.key(page), &cache.header(frame).state);
         // A pinned frame keeps its page: one that holds another now was let go.
-        cache.wait(frame, |state| {
-            pins(state) == 0 || !cache.header(frame).is(key)
-        });
+        let unkept = |state| pins(state) == 0 || !cache.header(frame).is(key);
+        cache
+            .waits
+            .wait(frame.0 as usize, state, Some(deadline), unkept)
     }
 
     /// Pins a page for one transfer if it is there, valid and, to be written to, dirty. Waits for nobody and takes no lock of
@@ -304,7 +371,8 @@ impl FilePages {
 impl Folio<'_> {
     /// Tells whether the program itself keeps the page pinned, perhaps in the very thread that asks.
     pub(crate) fn is_kept(&self) -> bool {
-        self.file().pins_kept.load(Ordering::Acquire) > 0 && pins(self.state()) > 0
+        let page = self.page();
+        self.file().kept.any_of(page..page + 1, |_| true)
     }
 }
 
@@ -337,11 +405,12 @@ impl Drop for PagePin {
         cache.pin_sites.remove(&self.note);
         // Counted first: who is woken by the last pin finds the counts equal.
         cache.counters.foll_pin_released.bump();
-        if self.term == Term::Program {
-            self.file.pins_kept.fetch_sub(1, Ordering::AcqRel);
-        }
         if cache.header(self.frame).state.unpin(self.kind) {
             cache.wake(self.frame);
+        }
+        // Last: until then there is something to be waited for that only this thread ends.
+        if let Term::Program(thread) = self.term {
+            self.file.kept.remove(self.page, thread);
         }
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use pinfold_base::sync::Mutex;
 use pinfold_base::{Errno, PAGE_SIZE};
-use pinfold_cache::{CacheError, MapOutcome};
+use pinfold_cache::{CacheError, Harvest, MapOutcome};
 use pinfold_mem::forked::Process;
 use pinfold_mem::mapped::{self, InsertError, Registration};
 use pinfold_mem::uffd::{Event, FaultKind, UffdError, tracks_stores};
@@ -47,6 +47,8 @@ pub enum SetupError {
     Register(Errno),
     /// No thread to serve faults.
     Thread(Errno),
+    /// A part before the end was unmapped, so it has no length to change.
+    Torn,
 }
 
 impl SetupError {
@@ -58,6 +60,7 @@ impl SetupError {
             Self::Window(error) => error.errno(),
             Self::Table(error) => error.errno(),
             Self::Register(errno) | Self::Thread(errno) => *errno,
+            Self::Torn => Errno::EFAULT,
         }
     }
 }
@@ -70,6 +73,7 @@ impl fmt::Display for SetupError {
             Self::Table(error) => error.fmt(f),
             Self::Register(errno) => write!(f, "registering the addresses: {errno}"),
             Self::Thread(errno) => write!(f, "starting a thread to serve faults: {errno}"),
+            Self::Torn => write!(f, "a part of the mapping was unmapped"),
         }
     }
 }
@@ -170,7 +174,9 @@ impl Shared {
 
     fn leave(&self, mapping: &Arc<UserMapping>) {
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
-        if let Some(at) = table.iter().position(|other| Arc::ptr_eq(other, mapping)) {
+        let at = table.partition_point(|other| key(other) < key(mapping));
+        let there = table.get(at);
+        if there.is_some_and(|other| Arc::ptr_eq(other, mapping)) {
             let gone = table.remove(at);
             drop(table);
             drop(gone);
@@ -465,6 +471,16 @@ impl Faults {
         request: &MapRequest<'_>,
         target: Arc<dyn FaultTarget>,
     ) -> Result<Placed, SetupError> {
+        self.place(request, target, true)
+    }
+
+    /// As [`Faults::map`]. One that is not `listed` must be before anybody is told of its addresses.
+    fn place(
+        self: &Arc<Self>,
+        request: &MapRequest<'_>,
+        target: Arc<dyn FaultTarget>,
+        listed: bool,
+    ) -> Result<Placed, SetupError> {
         let tracked = request.tracked && request.kind == UserMapKind::SharedWrite;
         let channel = self.channel(request.delivery, tracked)?;
         let map = request
@@ -475,12 +491,15 @@ impl Faults {
         let mapping = UserMapping::new(map, channel, target, Arc::clone(&self.shared));
         // In this order: no page is installed that write-back does not know to protect, no fault comes that nobody
         // serves, and nobody is told of an address before both.
-        request.files.enter(Arc::clone(&mapping));
+        if listed {
+            request.files.enter(Arc::clone(&mapping));
+        }
         let mut placed = Placed {
             mapping,
             registration: Mutex::new(None),
             files: Arc::clone(request.files),
             faults: Arc::clone(self),
+            in_use: false,
         };
         let mapping = &placed.mapping;
         if mapping.is_tracked() {
@@ -532,6 +551,8 @@ pub struct Placed {
     registration: Mutex<Option<Registration>>,
     files: Arc<FileMappings>,
     faults: Arc<Faults>,
+    /// Others may load and store there while it goes: it has moved.
+    in_use: bool,
 }
 
 impl Deref for Placed {
@@ -546,22 +567,111 @@ impl Placed {
     /// Gives up a part. Its addresses may be anybody's when this returns.
     ///
     /// # Errors
-    /// `ENOMEM`: one range becomes two and there is no room for another, here or in the kernel.
-    pub fn unmap(&self, pages: &Range<u64>) -> Result<(), Errno> {
+    /// One range becomes two and there is no room for another, here or in the kernel.
+    ///
+    /// # Panics
+    /// When it was not made to show all of `pages`.
+    pub fn unmap(&self, pages: &Range<u64>) -> Result<(), SetupError> {
         let map = self.mapping.map();
-        let addr = |page: u64| map.addr() + ((page - map.pages().start) * PAGE_SIZE) as usize;
-        if pages.start < map.pages().start || pages.end > map.pages().end || pages.is_empty() {
-            return Err(Errno::EINVAL);
-        }
+        let shown = map.pages();
+        assert!(
+            shown.start <= pages.start && pages.end <= shown.end,
+            "{pages:?} are not of this mapping"
+        );
+        let addr = |page: u64| map.addr() + ((page - shown.start) * PAGE_SIZE) as usize;
         // Held throughout, so that of two calls one comes first.
         let mut registration = self.registration.lock();
         if let Some(registration) = registration.as_mut() {
             registration
                 .exclude(addr(pages.start)..addr(pages.end))
-                .map_err(InsertError::errno)?;
+                .map_err(SetupError::Table)?;
         }
         self.mapping.find_stores(pages);
-        self.mapping.give_up(pages)
+        self.mapping.give_up(pages).map_err(SetupError::Window)
+    }
+
+    /// Makes it end at page `end` instead of `now`, as mremap(2): shorter where it is, longer where it is or, if it
+    /// `may_move`, elsewhere. With `tracked` as of [`MapRequest`], which may differ from before only where it may move.
+    ///
+    /// Other threads may load and store meanwhile. What they stored stays; where the mapping is no more their accesses are
+    /// SIGSEGV, or SIGBUS at the very moment it goes. Nothing of it is pinned.
+    ///
+    /// # Errors
+    /// [`SetupError`]; the mapping is as it was.
+    pub fn remap(
+        &mut self,
+        now: u64,
+        end: u64,
+        tracked: bool,
+        may_move: bool,
+    ) -> Result<(), SetupError> {
+        if end < now {
+            return self.unmap(&(end..now));
+        }
+        let map = self.mapping.map();
+        let whole = map.pages().start..now;
+        if map.mapped().as_slice() != std::slice::from_ref(&whole) {
+            return Err(SetupError::Torn);
+        }
+        let outcome = if tracked == self.mapping.is_tracked() {
+            self.extend(end)
+        } else {
+            Err(SetupError::Window(WindowError::System {
+                call: "mremap",
+                errno: Errno::ENOMEM,
+            }))
+        };
+        match outcome {
+            Err(_) if may_move => self.move_to(end, tracked),
+            outcome => outcome,
+        }
+    }
+
+    fn extend(&self, end: u64) -> Result<(), SetupError> {
+        let mut registration = self.registration.lock();
+        let map = self.mapping.map();
+        let Some(entry) = registration.as_mut() else {
+            return Err(SetupError::Torn);
+        };
+        let old = map.mapped().last().map_or(end, |last| last.end);
+        self.mapping.extend(end).map_err(SetupError::Window)?;
+        let behind = map.addr() + ((end - map.pages().start) * PAGE_SIZE) as usize;
+        entry.extend(behind).map_err(|refused| {
+            // Nobody was told of these addresses.
+            let _ = self.mapping.give_up(&(old..end));
+            SetupError::Table(refused)
+        })
+    }
+
+    /// Puts another mapping in the place of this one, with what was stored to this one until it went.
+    fn move_to(&mut self, end: u64, tracked: bool) -> Result<(), SetupError> {
+        let old = Arc::clone(&self.mapping);
+        let map = old.map();
+        let request = MapRequest {
+            window: map.window(),
+            pages: map.pages().start..end,
+            kind: map.kind(),
+            delivery: old.channel().delivery(),
+            tracked,
+            files: &self.files,
+        };
+        // A tracked one is asked about stores from the moment it is listed, and where nothing was ever mapped says that there
+        // may have been some: first the old one is asked, which knows.
+        let target = Arc::clone(old.target());
+        let mut new = self.faults.place(&request, target, !tracked)?;
+        new.mapping.set_pattern_of(&old);
+        if map.kind() == UserMapKind::Private {
+            // No truncation looks for copies to drop between the two.
+            let _no_cut = old.pages().gate().add();
+            old.carry_to(&new.mapping).map_err(SetupError::Window)?;
+        }
+        std::mem::swap(self, &mut new);
+        new.in_use = true;
+        drop(new);
+        if tracked {
+            self.files.enter(Arc::clone(&self.mapping));
+        }
+        Ok(())
     }
 }
 
@@ -578,8 +688,16 @@ impl Drop for Placed {
         self.faults.shared.leave(&self.mapping);
         self.mapping.wait_unserved();
         let pages = self.mapping.map().pages();
-        // The page tables know of them until then.
-        self.mapping.find_stores(&pages);
+        let file = Arc::clone(self.mapping.pages());
+        let asks = self.in_use && self.mapping.is_tracked();
+        // The page tables know of stores until they go. With others at work, nothing is mapped between the question and the
+        // end, so that the answer holds.
+        let _nothing_mapped = asks.then(|| file.gate().block());
+        if asks {
+            file.harvest(pages.clone(), Harvest::Withdraw);
+        } else {
+            self.mapping.find_stores(&pages);
+        }
         // Unmapping whole ranges cannot fail for want of room.
         let _ = self.mapping.give_up(&pages);
         self.mapping.forgive();

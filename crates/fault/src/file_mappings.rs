@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use pinfold_cache::ReverseMap;
@@ -37,8 +38,9 @@ impl FileMappings {
     }
 
     pub(crate) fn enter(&self, mapping: Arc<UserMapping>) {
-        // Nothing is allocated or freed under the lock, which faults in signal handlers wait for.
-        let mut wanted = self.count() + 1;
+        // Nothing is allocated or freed under the lock, which faults in signal handlers wait for. Twice as much when it is
+        // full: with room for one more each time, many mappings would be copied as often as there are.
+        let mut wanted = 1;
         loop {
             let mut larger = SmallVec::with_capacity(wanted);
             let mut list = self.list.write().unwrap_or_else(PoisonError::into_inner);
@@ -47,21 +49,30 @@ impl FileMappings {
                 std::mem::swap(&mut *list, &mut larger);
             }
             if list.len() < list.capacity() {
+                mapping.listed_at.store(list.len(), Ordering::Relaxed);
                 list.push(mapping);
                 drop(list);
                 return;
             }
-            wanted = 2 * list.len();
+            wanted = 2 * list.len() + 1;
         }
     }
 
+    /// Strikes a mapping off the list, if it is there.
     pub(crate) fn leave(&self, mapping: &UserMapping) {
         let gone = {
             let mut list = self.list.write().unwrap_or_else(PoisonError::into_inner);
-            let at = list
-                .iter()
-                .position(|other| std::ptr::eq(Arc::as_ptr(other), mapping));
-            at.map(|at| list.swap_remove(at))
+            let at = mapping.listed_at.load(Ordering::Relaxed);
+            let there = list
+                .get(at)
+                .is_some_and(|there| std::ptr::eq(Arc::as_ptr(there), mapping));
+            there.then(|| {
+                let gone = list.swap_remove(at);
+                if let Some(moved) = list.get(at) {
+                    moved.listed_at.store(at, Ordering::Relaxed);
+                }
+                gone
+            })
         };
         // Not under the lock: dropping it unmaps.
         drop(gone);
@@ -89,6 +100,10 @@ impl FileMappings {
 impl ReverseMap for FileMappings {
     fn unmap(&self, pages: Range<u64>) {
         self.visit(|mapping| mapping.unmap_pages(&pages));
+    }
+
+    fn cut(&self, pages: Range<u64>) {
+        self.visit(|mapping| mapping.drop_copies(&pages));
     }
 
     fn protect(&self, pages: Range<u64>) {

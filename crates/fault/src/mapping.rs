@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use pinfold_base::rank::rule_zero;
@@ -15,6 +15,7 @@ use pinfold_mem::{
     Access, Delivery, InstallStop, Installed, Lent, MappedMemory, PinStop, PinnedPart, RawSpan,
     SignalVerdict, UserMap, UserMapKind, futex,
     uffd::{ScanFor, scan},
+    window::WindowError,
 };
 use smallvec::{SmallVec, smallvec};
 
@@ -49,8 +50,9 @@ pub enum Advice {
 
 /// One address range that shows pages of a file.
 ///
-/// The range never changes; parts of it are given up ([`Placed::unmap`](crate::Placed::unmap)), and every page-table operation first
-/// makes sure that its addresses are still ours.
+/// Its first address never changes: one that moves is another. Parts of it are given up
+/// ([`Placed::unmap`](crate::Placed::unmap)) and added behind its end ([`Placed::remap`](crate::Placed::remap)), and every page-table
+/// operation first makes sure that its addresses are still ours.
 pub struct UserMapping {
     map: UserMap,
     channel: Arc<Channel>,
@@ -63,6 +65,8 @@ pub struct UserMapping {
     refusals: Refusals,
     /// Pool threads that serve a fault in it.
     serving: AtomicU32,
+    /// Where the file's list has it; the list's lock guards it.
+    pub(crate) listed_at: AtomicUsize,
 }
 
 impl fmt::Debug for UserMapping {
@@ -91,6 +95,7 @@ impl UserMapping {
             advice: AtomicU8::new(Advice::Normal as u8),
             refusals: Refusals::default(),
             serving: AtomicU32::new(0),
+            listed_at: AtomicUsize::new(usize::MAX),
         })
     }
 
@@ -104,6 +109,16 @@ impl UserMapping {
     #[must_use]
     pub fn channel(&self) -> &Channel {
         &self.channel
+    }
+
+    pub(crate) fn target(&self) -> &Arc<dyn FaultTarget> {
+        &self.target
+    }
+
+    /// Takes over what the program said it was about to do with another mapping.
+    pub(crate) fn set_pattern_of(&self, other: &Self) {
+        let pattern = other.advice.load(Ordering::Relaxed);
+        self.advice.store(pattern, Ordering::Relaxed);
     }
 
     /// Returns the pages it shows.
@@ -143,8 +158,8 @@ impl UserMapping {
     /// Gives up pages and unmaps them. Nothing is installed there any more when this returns.
     ///
     /// # Errors
-    /// `ENOMEM`: a range becomes two and the process has as many mappings as it may. Nothing has changed then.
-    pub(crate) fn give_up(&self, pages: &Range<u64>) -> Result<(), Errno> {
+    /// A range becomes two and the process has as many mappings as it may. Nothing has changed then.
+    pub(crate) fn give_up(&self, pages: &Range<u64>) -> Result<(), WindowError> {
         let ranges = || {
             self.live
                 .read()
@@ -161,6 +176,11 @@ impl UserMapping {
                 continue;
             }
             self.map.unmap(pages.clone())?;
+            if let Some(addr) = self.map.addr_of(pages.start) {
+                // Who waits for a page of these is not served any more, and would wait for ever: it is told what is there
+                // now.
+                let _ = self.channel.uffd().wake(addr, bytes(pages));
+            }
             let parts = live.iter().flat_map(|range| {
                 [
                     range.start..range.end.min(pages.start),
@@ -172,6 +192,33 @@ impl UserMapping {
             drop(live);
             return Ok(());
         }
+    }
+
+    /// Makes it longer in its place, up to page `end`.
+    ///
+    /// # Errors
+    /// As of [`UserMap::extend`]; nothing has changed then.
+    pub(crate) fn extend(&self, end: u64) -> Result<(), WindowError> {
+        let mut live = self.live.write().unwrap_or_else(PoisonError::into_inner);
+        self.map.extend(end)?;
+        // One range, as it has to be to become longer: nothing is allocated or freed.
+        if let [range] = &mut live[..] {
+            range.end = end;
+        }
+        Ok(())
+    }
+
+    /// Carries the program's copies to another private mapping of the same pages. Nothing is installed here any more when
+    /// this returns: a store would stay behind.
+    ///
+    /// # Errors
+    /// As of [`UserMap::carry_to`].
+    pub(crate) fn carry_to(&self, to: &Self) -> Result<(), WindowError> {
+        // Faults that come meanwhile wait for this lock; after a failure they are served as ever.
+        let mut live = self.live.write().unwrap_or_else(PoisonError::into_inner);
+        self.map.carry_to(&to.map, self.channel.uffd())?;
+        live.clear();
+        Ok(())
     }
 
     /// Notes a pool thread at work here; must be undone by [`UserMapping::end_serving`].
@@ -400,9 +447,19 @@ impl UserMapping {
 
     /// Takes pages out of the page tables; not a private mapping's, which would lose the program's copies.
     pub(crate) fn unmap_pages(&self, pages: &Range<u64>) {
-        if self.is_private() {
-            return;
+        if !self.is_private() {
+            self.drop_live(pages);
         }
+    }
+
+    /// Takes the program's copies of pages away, in a private mapping.
+    pub(crate) fn drop_copies(&self, pages: &Range<u64>) {
+        if self.is_private() {
+            self.drop_live(pages);
+        }
+    }
+
+    fn drop_live(&self, pages: &Range<u64>) {
         let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
         for range in live.iter() {
             let part = range.start.max(pages.start)..range.end.min(pages.end);

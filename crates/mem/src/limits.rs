@@ -71,6 +71,28 @@ fn raise(before: Rlimit) -> Option<Rlimit> {
         .find(|limit| setrlimit(Resource::Fsize, *limit).is_ok())
 }
 
+/// Returns vm.max_map_count if the process has as many mappings as that allows; `None` if it has fewer, or /proc does not
+/// tell.
+///
+/// Reads /proc/self/maps, which may take milliseconds: to say what an `ENOMEM` was about.
+#[must_use]
+pub fn map_count_reached() -> Option<u64> {
+    /// Mappings that other threads may have given up since the call that failed, or that it would have made.
+    const SLACK: u64 = 8;
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok()?;
+    let limit: u64 = limit.trim().parse().ok()?;
+    let mut maps = std::fs::File::open("/proc/self/maps").ok()?;
+    let mut piece = [0; 4096];
+    let mut count = 0;
+    loop {
+        match std::io::Read::read(&mut maps, &mut piece).ok()? {
+            0 => break,
+            len => count += piece[..len].iter().filter(|&&byte| byte == b'\n').count() as u64,
+        }
+    }
+    (count + SLACK >= limit).then_some(limit)
+}
+
 /// Sends SIGXFSZ to the calling thread, as the kernel does to a writer at its limit.
 pub fn raise_file_size_signal() {
     // SAFETY: raises a signal with no arguments; its effect is the program's own choice.
@@ -80,6 +102,11 @@ pub fn raise_file_size_signal() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_of_few_mappings_has_not_reached_their_limit() {
+        assert_eq!(map_count_reached(), None);
+    }
 
     #[test]
     fn a_limit_is_looked_up_again_when_the_clock_has_ticked() {

@@ -5,7 +5,8 @@
 //!
 //! *Does not own*: the mappings, their pages, the answer to a fault.
 //!
-//! *Locking*: changing the table takes a mutex that no look-up takes. Look-ups take nothing and allocate nothing, so that
+//! *Locking*: changing the table takes a mutex that no look-up takes, and costs the same however many mappings there are, nearly
+//! ([`table`]). Look-ups take nothing and allocate nothing, so that
 //! a signal handler may make them, on top of another look-up of the same thread.
 //!
 //! ```text
@@ -14,6 +15,7 @@
 //! ```
 //! The work may take as long as a store takes to answer, and holds up the removal of that one mapping alone.
 
+mod table;
 #[cfg(test)]
 mod tests;
 
@@ -28,6 +30,7 @@ use smallvec::SmallVec;
 use crate::copy::Access;
 use crate::epochs::{Epochs, back_off};
 use crate::lend::{PinStop, PinnedPart};
+use table::Table;
 
 /// The most address ranges the table holds; the kernel's own limit is 65530 (vm.max_map_count).
 pub const MAPPINGS_MAX: usize = 32768;
@@ -128,8 +131,6 @@ struct Entry {
     users: AtomicUsize,
 }
 
-/// Entries in the order of their addresses; never changed, only replaced.
-type Table = Vec<Arc<Entry>>;
 /// The entries of one mapping.
 type Entries = SmallVec<[Arc<Entry>; 1]>;
 
@@ -230,6 +231,24 @@ impl Registration {
         }
         Ok(())
     }
+
+    /// Makes the highest of its ranges end at `end`, further up; all of it stays found throughout.
+    ///
+    /// # Errors
+    /// [`InsertError::Taken`]: another mapping is in the way, or this has no ranges; nothing has changed.
+    pub fn extend(&mut self, end: usize) -> Result<(), InsertError> {
+        let last = self.entries.iter_mut().max_by_key(|entry| entry.range.end);
+        let last = last.ok_or(InsertError::Taken)?;
+        let longer = Arc::new(Entry {
+            range: last.range.start..end,
+            memory: Arc::clone(&last.memory),
+            users: AtomicUsize::new(0),
+        });
+        change(&[Arc::clone(last)], &[Arc::clone(&longer)])?;
+        let shorter = std::mem::replace(last, longer);
+        shorter.drain();
+        Ok(())
+    }
 }
 
 impl Drop for Registration {
@@ -262,27 +281,13 @@ fn change(gone: &[Arc<Entry>], added: &[Arc<Entry>]) -> Result<(), InsertError> 
     let _turn = CHANGES.lock().unwrap_or_else(PoisonError::into_inner);
     let old = TABLE.load(Ordering::Acquire);
     // SAFETY: null or a table that only the holder of CHANGES, which is us, replaces and frees.
-    let present: &[Arc<Entry>] = unsafe { old.as_ref() }.map_or(&[], |table| table);
-    let stays = |entry: &&Arc<Entry>| !gone.iter().any(|gone| Arc::ptr_eq(gone, entry));
-    let mut next: Table = present.iter().filter(stays).cloned().collect();
-    for entry in added {
-        if entry.range.is_empty() {
-            return Err(InsertError::Taken);
-        }
-        let at = next.partition_point(|other| other.range.end <= entry.range.start);
-        if next
-            .get(at)
-            .is_some_and(|other| overlap(&other.range, &entry.range))
-        {
-            return Err(InsertError::Taken);
-        }
-        next.insert(at, Arc::clone(entry));
-    }
-    let (count, present_count) = (next.len(), present.len());
-    if count > MAPPINGS_MAX && !added.is_empty() {
-        return Err(InsertError::TooMany);
-    }
-    let new = if next.is_empty() {
+    let present = unsafe { old.as_ref() };
+    let next = present.map_or_else(
+        || Table::default().changed(gone, added),
+        |table| table.changed(gone, added),
+    )?;
+    let (count, present_count) = (next.len(), present.map_or(0, Table::len));
+    let new = if count == 0 {
         std::ptr::null_mut()
     } else {
         Box::into_raw(Box::new(next))
@@ -307,7 +312,9 @@ impl Using {
         let _inside = EPOCHS.enter();
         // SAFETY: null, or a table that is freed only after we have left the epochs.
         let table = unsafe { TABLE.load(Ordering::Acquire).as_ref() }?;
-        let entry = at_or_after(table, addr).filter(|entry| entry.range.start <= addr)?;
+        let entry = table
+            .at_or_after(addr)
+            .filter(|entry| entry.range.start <= addr)?;
         entry.users.fetch_add(1, Ordering::AcqRel);
         Some(Self(Arc::as_ptr(entry)))
     }
@@ -322,12 +329,6 @@ impl Drop for Using {
     fn drop(&mut self) {
         self.entry().users.fetch_sub(1, Ordering::Release);
     }
-}
-
-/// Returns the first entry that does not end at or before `addr`.
-fn at_or_after(table: &[Arc<Entry>], addr: usize) -> Option<&Arc<Entry>> {
-    let at = table.partition_point(|entry| entry.range.end <= addr);
-    table.get(at)
 }
 
 /// Runs `work` with the mapping that has `addr` and its address range; `None` when none has it.
@@ -360,7 +361,7 @@ pub fn extent(addr: usize, len: usize) -> Extent {
     let _inside = EPOCHS.enter();
     // SAFETY: null, or a table that is freed only after we have left the epochs.
     let table = unsafe { TABLE.load(Ordering::Acquire).as_ref() };
-    match table.and_then(|table| at_or_after(table, addr)) {
+    match table.and_then(|table| table.at_or_after(addr)) {
         Some(entry) if entry.range.start <= addr => {
             Extent::Mapped((entry.range.end - addr).min(len))
         }

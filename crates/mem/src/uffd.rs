@@ -317,13 +317,25 @@ impl Uffd {
         self.features & u64::from(raw::UFFD_FEATURE_WP_ASYNC) != 0
     }
 
+    /// Tells whether the descriptor is still there. Once the program has closed it, as by close_range(2) for all that there
+    /// are, faults are nobody's, and what is not resident reads as the window has it (SEMANTICS.md section 0, fact 8).
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        rustix::io::fcntl_getfd(&self.fd).is_ok()
+    }
+
     /// Takes charge of every fault in a mapping: missing, minor and write-protected pages.
     ///
     /// # Errors
     /// `EBUSY` when another userfaultfd has it; `ENOMEM`.
     pub fn register(&self, map: &UserMap) -> Result<(), Errno> {
+        self.register_range(map.addr(), map.len())
+    }
+
+    /// The same for a part that is mapped throughout.
+    pub(crate) fn register_range(&self, addr: usize, len: usize) -> Result<(), Errno> {
         let mut register = raw::uffdio_register {
-            range: range_of(map.addr(), map.len()),
+            range: range_of(addr, len),
             mode: u64::from(
                 raw::UFFDIO_REGISTER_MODE_MISSING
                     | raw::UFFDIO_REGISTER_MODE_MINOR

@@ -1,7 +1,7 @@
 //! Windows: the memory of one mapped file, page i at offset i.
 //!
 //! *Owns*: the memfd; the library's own mapping of it, the *alias* (K in SEMANTICS.md: never registered, always writable,
-//! never faulting where a page is present); the program's mappings ([`UserMap`]) as address ranges.
+//! never faulting where a page is present). The program's mappings, as address ranges, are [`UserMap`]s.
 //!
 //! *Does not own*: which pages are present, dirty or in use; faults in user maps ([`crate::uffd`]).
 //!
@@ -16,6 +16,7 @@
 
 #[cfg(test)]
 mod tests;
+mod user_map;
 
 use std::any::Any;
 use std::fmt;
@@ -28,14 +29,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use pinfold_base::{Errno, PAGE_SIZE, Progress};
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
-use smallvec::{SmallVec, smallvec};
+
+pub use user_map::UserMap;
 
 use crate::copy::CopyStop;
 use crate::descriptor::high;
 use crate::forked;
-use crate::iov::{Direction, IovCursor};
-use crate::limits::{file_size, without_file_size_limit};
-use crate::span::{IoSpan, RawSpan, Segments};
+use crate::iov::IovCursor;
+use crate::limits::{file_size, map_count_reached, without_file_size_limit};
+use crate::span::{IoSpan, Segments};
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// Pages of the first alias segment; each further one doubles what there is.
@@ -61,6 +63,11 @@ pub enum WindowError {
         /// Pages asked for.
         pages: u64,
     },
+    /// The process has as many mappings as the system allows one.
+    MapCount {
+        /// vm.max_map_count.
+        limit: u64,
+    },
     /// A system call failed.
     System {
         /// Which one.
@@ -77,6 +84,7 @@ impl WindowError {
         match self {
             Self::FileSizeLimit { .. } => Errno::EFBIG,
             Self::TooLarge { .. } => Errno::EOVERFLOW,
+            Self::MapCount { .. } => Errno::ENOMEM,
             Self::System { errno, .. } => *errno,
         }
     }
@@ -92,6 +100,12 @@ impl fmt::Display for WindowError {
                 )
             }
             Self::TooLarge { pages } => write!(f, "{pages} pages are more than a file can have"),
+            Self::MapCount { limit } => {
+                write!(
+                    f,
+                    "the process has as many mappings as vm.max_map_count allows: {limit}"
+                )
+            }
             Self::System { call, errno } => write!(f, "{call}: {errno}"),
         }
     }
@@ -315,13 +329,7 @@ impl Window {
             UserMapKind::Private => (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE),
         };
         let addr = map(&self.fd, &pages, prot, flags | MapFlags::NORESERVE)?;
-        Ok(UserMap {
-            addr,
-            left: Mutex::new(smallvec![pages.clone()]),
-            pages,
-            kind,
-            window: Arc::clone(self),
-        })
+        Ok(UserMap::new(addr, pages, kind, Arc::clone(self)))
     }
 
     /// Makes an empty list of transfer segments over this window's memory.
@@ -422,221 +430,6 @@ impl Drop for Window {
     }
 }
 
-/// A mapping of a window made for the program. Dropping it unmaps what is left of it.
-///
-/// An address range: nobody in the library touches its memory, and no reference into it is ever made here.
-pub struct UserMap {
-    addr: NonNull<u8>,
-    pages: Range<u64>,
-    /// What is still mapped, as ascending page ranges.
-    left: Mutex<SmallVec<[Range<u64>; 1]>>,
-    kind: UserMapKind,
-    window: Arc<Window>,
-}
-
-// SAFETY: an address and bookkeeping under a lock; unmapping is a system call that any thread may make.
-unsafe impl Send for UserMap {}
-// SAFETY: as for Send.
-unsafe impl Sync for UserMap {}
-
-impl fmt::Debug for UserMap {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "UserMap({:p}, pages {:?}, {:?})",
-            self.addr, self.pages, self.kind
-        )
-    }
-}
-
-impl UserMap {
-    /// Returns the address of the first byte.
-    #[must_use]
-    pub fn addr(&self) -> usize {
-        self.addr.as_ptr().expose_provenance()
-    }
-
-    /// Returns the first byte's address as a pointer, for the program.
-    #[must_use]
-    pub fn as_ptr(&self) -> *mut u8 {
-        self.addr.as_ptr()
-    }
-
-    /// Returns the length in bytes as it was mapped.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        ((self.pages.end - self.pages.start) * PAGE_SIZE) as usize
-    }
-
-    /// Tells whether the mapping is empty; it never is.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        false
-    }
-
-    /// Returns the window's pages it was made to show.
-    #[must_use]
-    pub fn pages(&self) -> Range<u64> {
-        self.pages.clone()
-    }
-
-    /// Returns what it is for.
-    #[must_use]
-    pub fn kind(&self) -> UserMapKind {
-        self.kind
-    }
-
-    /// Returns the window it shows.
-    #[must_use]
-    pub fn window(&self) -> &Arc<Window> {
-        &self.window
-    }
-
-    /// Returns the address of a page of the window; `None` when this mapping was not made to show it.
-    #[must_use]
-    pub fn addr_of(&self, page: u64) -> Option<usize> {
-        let at = self
-            .pages
-            .contains(&page)
-            .then(|| page - self.pages.start)?;
-        Some(self.addr() + (at * PAGE_SIZE) as usize)
-    }
-
-    /// Returns the page of the window that an address shows.
-    #[must_use]
-    pub fn page_at(&self, addr: usize) -> Option<u64> {
-        let at = addr.checked_sub(self.addr())?;
-        (at < self.len()).then(|| self.pages.start + (at / PAGE) as u64)
-    }
-
-    /// Copies mapped bytes from `at` on, with nothing held, as far as no fault of a shared mapping is in the way: bring that
-    /// page in and go on at byte `done`.
-    ///
-    /// # Panics
-    /// When the range leaves the mapping as it was made.
-    pub fn load(&self, at: usize, into: &mut [u8]) -> Progress<CopyStop> {
-        let mut cursor = self.cursor(Direction::Source, at, into.len());
-        match self.kind {
-            // The program's own copies are to be had at its addresses alone.
-            UserMapKind::Private => cursor.copy_slice_waiting(into),
-            UserMapKind::SharedRead | UserMapKind::SharedWrite => cursor.copy_slice_nofault(into),
-        }
-    }
-
-    /// Stores to mapped bytes from `at` on, as [`UserMap::load`] loads.
-    ///
-    /// # Panics
-    /// When the range leaves the mapping as it was made.
-    pub fn store(&self, at: usize, from: &[u8]) -> Progress<CopyStop> {
-        let mut cursor = self.cursor(Direction::Target, at, from.len());
-        if self.kind != UserMapKind::Private {
-            // SAFETY: a slice's faults are the kernel's to resolve, and a target cursor only reads it.
-            return unsafe { cursor.copy_nofault(from.as_ptr().cast_mut(), from.len()) };
-        }
-        let mut piece = [0; PAGE];
-        let mut done = 0;
-        for from in from.chunks(PAGE) {
-            let piece = &mut piece[..from.len()];
-            piece.copy_from_slice(from);
-            let copied = cursor.copy_slice_waiting(piece);
-            done += copied.done;
-            if copied.stop.is_some() {
-                return Progress {
-                    done,
-                    stop: copied.stop,
-                };
-            }
-        }
-        Progress::complete(done)
-    }
-
-    fn cursor(&self, direction: Direction, at: usize, len: usize) -> IovCursor<'_> {
-        let fits = at.checked_add(len).is_some_and(|end| end <= self.len());
-        assert!(fits, "{len} bytes at {at} leave the mapping");
-        let span = RawSpan {
-            addr: self.addr() + at,
-            len,
-        };
-        // SAFETY: mapped memory, into which nobody in the library holds references (`UserMap`); or unmapped, which copies
-        // report.
-        unsafe { IovCursor::from_raw(direction, &[span]) }
-    }
-
-    /// Lists the page ranges that are still mapped.
-    #[must_use]
-    pub fn mapped(&self) -> SmallVec<[Range<u64>; 1]> {
-        self.left
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    /// Unmaps a part. The caller has made sure that nobody installs pages there any more: the addresses may be somebody
-    /// else's as soon as this returns.
-    ///
-    /// # Errors
-    /// `ENOMEM`: the process has as many mappings as it may (vm.max_map_count).
-    pub fn unmap(&self, pages: Range<u64>) -> Result<(), Errno> {
-        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut rest = SmallVec::new();
-        let mut outcome = Ok(());
-        for range in left.drain(..) {
-            let gone = range.start.max(pages.start)..range.end.min(pages.end);
-            if gone.is_empty() || outcome.is_err() {
-                rest.push(range);
-                continue;
-            }
-            outcome = self.unmap_range(&gone);
-            if outcome.is_err() {
-                rest.push(range);
-                continue;
-            }
-            for kept in [range.start..gone.start, gone.end..range.end] {
-                if !kept.is_empty() {
-                    rest.push(kept);
-                }
-            }
-        }
-        *left = rest;
-        outcome
-    }
-
-    fn unmap_range(&self, pages: &Range<u64>) -> Result<(), Errno> {
-        let at = ((pages.start - self.pages.start) * PAGE_SIZE) as usize;
-        let len = ((pages.end - pages.start) * PAGE_SIZE) as usize;
-        let addr = self.addr.as_ptr().wrapping_add(at);
-        // SAFETY: a part of our mapping that is still mapped (`left`); who makes a user map answers for its use.
-        unsafe { munmap(addr.cast(), len) }.map_err(errno)
-    }
-
-    /// Drops page-table entries of a range that is still mapped; the pages stay in the window. In a private mapping this
-    /// drops the program's own copies.
-    ///
-    /// # Errors
-    /// `ENOMEM` where a part is not mapped any more.
-    pub fn drop_entries(&self, pages: Range<u64>) -> Result<(), Errno> {
-        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        let inside = |range: &Range<u64>| range.start <= pages.start && pages.end <= range.end;
-        if pages.is_empty() || !left.iter().any(inside) {
-            return Err(Errno::ENOMEM);
-        }
-        let at = ((pages.start - self.pages.start) * PAGE_SIZE) as usize;
-        let len = ((pages.end - pages.start) * PAGE_SIZE) as usize;
-        let addr = self.addr.as_ptr().wrapping_add(at);
-        // Also where the program has locked its memory: entries must go when we say so.
-        // SAFETY: a part of our mapping, still mapped while `left` is locked; contents come again by a fault.
-        unsafe { madvise(addr.cast(), len, Advice::LinuxDontneedLocked) }.map_err(errno)
-    }
-}
-
-impl Drop for UserMap {
-    fn drop(&mut self) {
-        for range in self.mapped() {
-            let _ = self.unmap_range(&range);
-        }
-    }
-}
-
 /// Maps pages of a memfd at an address of the kernel's choice, with what every mapping of a window needs.
 fn map(
     fd: impl AsFd,
@@ -687,8 +480,12 @@ fn errno(raw: rustix::io::Errno) -> Errno {
 }
 
 fn system(call: &'static str) -> impl Fn(rustix::io::Errno) -> WindowError {
-    move |raw| WindowError::System {
-        call,
-        errno: errno(raw),
+    move |raw| {
+        let errno = errno(raw);
+        // Of all that may be short the one that an administrator can raise, if he is told.
+        let reached = (errno == Errno::ENOMEM).then(map_count_reached).flatten();
+        reached.map_or(WindowError::System { call, errno }, |limit| {
+            WindowError::MapCount { limit }
+        })
     }
 }

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 
 use pinfold_base::Errno;
 use pinfold_cache::CacheError;
+use pinfold_fault::SetupError;
 use pinfold_mem::ArenaError;
+use pinfold_mem::window::WindowError;
 use pinfold_store::StoreError;
 
 use crate::file::File;
@@ -27,6 +29,13 @@ pub enum ErrorKind {
     Interrupted,
     /// No page frame could be freed (`ENOMEM`).
     NoFrames,
+    /// The process has as many mappings as vm.max_map_count allows (`ENOMEM`).
+    MapCount {
+        /// That many.
+        limit: u64,
+    },
+    /// The program has pinned bytes that would have to go ([`Mapping::pin`](crate::Mapping::pin); `EBUSY`).
+    Pinned,
     /// The store refused.
     Store(Errno),
     /// The name space refused: no such name, no permission, and the like.
@@ -121,6 +130,22 @@ impl Error {
             CacheError::Interrupted => Self::new(operation, ErrorKind::Interrupted),
             CacheError::TooManyPins => Self::new(operation, ErrorKind::NoFrames).caused_by(error),
             CacheError::Window(errno) => Self::invalid(operation, errno).caused_by(error),
+            CacheError::Unmappable(refused) => Self::window(operation, refused),
+        }
+    }
+
+    fn window(operation: &'static str, error: WindowError) -> Self {
+        let kind = match error {
+            WindowError::MapCount { limit } => ErrorKind::MapCount { limit },
+            other => ErrorKind::Invalid(other.errno()),
+        };
+        Self::new(operation, kind).caused_by(error)
+    }
+
+    pub(crate) fn setup(operation: &'static str, error: SetupError) -> Self {
+        match error {
+            SetupError::Window(refused) => Self::window(operation, refused),
+            other => Self::invalid(operation, other.errno()).caused_by(other),
         }
     }
 
@@ -167,7 +192,8 @@ impl Error {
             ErrorKind::BadBuffer => Errno::EFAULT,
             ErrorKind::WouldBlock => Errno::EAGAIN,
             ErrorKind::Interrupted => Errno::EINTR,
-            ErrorKind::NoFrames => Errno::ENOMEM,
+            ErrorKind::NoFrames | ErrorKind::MapCount { .. } => Errno::ENOMEM,
+            ErrorKind::Pinned => Errno::EBUSY,
             ErrorKind::AlreadyServed => Errno::EBUSY,
             ErrorKind::Stale => Errno::ESTALE,
             ErrorKind::Forked => Errno::ENOTCONN,
@@ -192,6 +218,11 @@ impl fmt::Display for Error {
             ErrorKind::NoFrames => {
                 f.write_str(": no page frame could be freed; all are dirty, pinned or in use")
             }
+            ErrorKind::MapCount { limit } => write!(
+                f,
+                ": the process has as many mappings as vm.max_map_count allows: {limit}"
+            ),
+            ErrorKind::Pinned => f.write_str(": bytes that would go are pinned"),
             ErrorKind::AlreadyServed => {
                 f.write_str(": another Pinfold serves this directory; stop it or serve another")
             }

@@ -381,7 +381,8 @@ impl File {
     /// Sets the size: what is cut off is gone, what is added reads as zeros.
     ///
     /// # Errors
-    /// `EINVAL` if not open for writing, `EFBIG`, the store's errors.
+    /// `EINVAL` if not open for writing, `EFBIG`, the store's errors; `EBUSY` if pages that would be cut off stay pinned
+    /// ([`Mapping::pin`](crate::Mapping::pin)).
     pub fn set_len(&self, len: u64) -> Result<()> {
         self.may_write("set the size of")
             .map_err(|_| Error::invalid("set the size of", Errno::EINVAL))?;

@@ -6,7 +6,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::Mutex;
 use pinfold_base::rank::{Rank, ReadGuard, RwLock, WriteGuard};
@@ -26,6 +26,9 @@ use crate::error::{Error, ErrorKind, Result};
 const SIZE_UNASKED_MAX: u64 = 1 << 40;
 /// Granularity of the sizes that the store is asked about, so that a growing file asks rarely.
 const SIZE_ASK_STEP: u64 = 1 << 30;
+/// How long a page that another thread keeps pinned is waited for. Two threads that cut off what the other keeps would wait for
+/// each other; pins as long as a transfer, or a few, are let go long before.
+const KEPT_WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// Told when the engine has changed the stored file, so that times can be put right; implemented by the node.
 pub(crate) trait Backing: Send + Sync {
@@ -261,6 +264,9 @@ impl Inode {
 
     /// Runs `work` under the inode's lock, again if it met a page that the program keeps pinned, once that is let go. That
     /// is waited for with nothing held (D-4), as the kernel breaks the layouts of memory that is the storage itself.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Pinned`]: this thread keeps it, or another one does longer than [`KEPT_WAIT_MAX`].
     pub(crate) fn exclusively<T>(
         &self,
         work: impl Fn() -> std::result::Result<T, Hindrance>,
@@ -272,7 +278,10 @@ impl Inode {
                 Err(Hindrance::Error(error)) => return Err(error),
                 Err(Hindrance::Kept(kept)) => {
                     drop(exclusive);
-                    self.pages.wait_unkept(kept);
+                    // Each anew: one that goes makes room for another, but one that stays may wait for us.
+                    if !self.pages.wait_unkept(kept, Instant::now() + KEPT_WAIT_MAX) {
+                        return Err(Error::new("take away pages of", ErrorKind::Pinned));
+                    }
                 }
             }
         }
@@ -280,6 +289,9 @@ impl Inode {
 
     /// Refuses while the program keeps one of these pages pinned. The caller blocks the gate, and has changed nothing yet.
     pub(crate) fn none_kept(&self, pages: Range<u64>) -> std::result::Result<(), Hindrance> {
+        if self.pages.keeps_itself(pages.clone()) {
+            return Err(Error::new("take away pages of", ErrorKind::Pinned).into());
+        }
         match self.pages.kept_page(pages) {
             Some(kept) => Err(Hindrance::Kept(kept)),
             None => Ok(()),

@@ -139,6 +139,7 @@ impl MapOptions {
 pub struct Mapping {
     // Dropped in this order: the addresses, the file they show, the volume.
     placed: Placed,
+    options: MapOptions,
     file: File,
     range: Range<u64>,
     _volume: Option<Arc<dyn Any + Send + Sync>>,
@@ -236,10 +237,11 @@ impl File {
             .engine()
             .faults()
             .map(&request, Arc::clone(&inode) as _)
-            .map_err(|error| told(Error::invalid(OPERATION, error.errno()).caused_by(error)))?;
+            .map_err(|error| told(Error::setup(OPERATION, error)))?;
         placed.set_pattern(options.advice);
         let mapping = Mapping {
             placed,
+            options: *options,
             range: range.clone(),
             _volume: inode.engine().volume(),
             file,
@@ -260,7 +262,7 @@ impl Inode {
             Tracking::Sync => Ok(false),
             Tracking::Async => possible()
                 .map(|()| true)
-                .map_err(|error| Error::invalid("map", error.errno()).caused_by(error)),
+                .map_err(|error| Error::setup("map", error)),
             Tracking::Auto => Ok(self.has_room_for(range) && possible().is_ok()),
         }
     }
@@ -449,8 +451,9 @@ impl Mapping {
     /// Makes a range safe for any access, by system calls and devices too, until the result is dropped: its pages are in
     /// memory, mapped, and stay so. With `write` they may be stored to.
     ///
-    /// Cutting the file there, punching or moving those bytes waits until the result is dropped: not a thing for the thread
-    /// that keeps it. They wait with nothing held, so that all else goes on. Direct writes over them go through the cache meanwhile.
+    /// Cutting the file there, punching or moving those bytes waits until the result is dropped, with nothing held, so that all
+    /// else goes on; for some seconds, and not at all in the thread that called this: then it is `EBUSY`, and nothing has
+    /// changed. Direct writes over them go through the cache meanwhile.
     ///
     /// # Errors
     /// What an access would get SIGBUS for; `EFAULT` beyond the end of the file; `ENOMEM` when a quarter of the budget is
@@ -526,7 +529,63 @@ impl Mapping {
         let pages = first + (range.start / PAGE) as u64..first + range.end.div_ceil(PAGE) as u64;
         self.placed
             .unmap(&pages)
-            .map_err(|errno| self.refuse(OPERATION, errno, range))
+            .map_err(|error| self.told(Error::setup(OPERATION, error), range))
+    }
+
+    /// Makes the mapping `len` bytes long, as mremap(2): its beginning stays the same byte of the file. Shorter, it stays
+    /// where it is; longer, it stays if nothing lies behind it, and moves elsewhere otherwise if it `may_move`. The file keeps
+    /// its size.
+    ///
+    /// Private copies move along. After a move the old addresses are nobody's: a pointer got before is dead, and accesses by
+    /// it end the program or reach what came to lie there. Threads that store meanwhile lose no store that went through. A
+    /// mapping with [`Tracking::Auto`] whose new part is not in the store yet is tracked by faults from then on, and has to
+    /// move for that.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let scratch = tempfile::tempdir()?;
+    /// # let volume = pinfold::Volume::builder().memory(16 << 20).open_dir(scratch.path())?;
+    /// # use pinfold::{MapAccess, MapOptions, OpenOptions};
+    /// # let file = volume.open("log", &OpenOptions::new().read(true).write(true).create(true))?;
+    /// # file.set_len(4096)?;
+    /// let mut map = file.map(0..4096, &MapOptions::new().access(MapAccess::Write))?;
+    /// file.set_len(1 << 20)?;
+    /// map.remap(1 << 20, true)?;
+    /// map.write(70_000, b"new")?;
+    /// assert_eq!(map.len(), 1 << 20);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// `EINVAL` for no bytes; `EFAULT` to make it longer after a part of it was unmapped; `ENOMEM`: it cannot stay and may not
+    /// move, or there are too many mappings or too little address space; `EOVERFLOW` for a range no file reaches. The
+    /// mapping is as it was then.
+    pub fn remap(&mut self, len: usize, may_move: bool) -> Result<()> {
+        const OPERATION: &str = "remap bytes of";
+        let _quiet = self.file.enter(OPERATION)?;
+        let asked = 0..len;
+        let end = self.range.start.checked_add(len as u64);
+        let Some(end) = end.filter(|&end| end <= pinfold_base::units::FILE_SIZE_MAX) else {
+            return Err(self.refuse(OPERATION, Errno::EOVERFLOW, asked));
+        };
+        if len == 0 {
+            return Err(self.refuse(OPERATION, Errno::EINVAL, asked));
+        }
+        let pages = |end: u64| end.div_ceil(PAGE_SIZE);
+        let (now, then) = (pages(self.range.end), pages(end));
+        if then != now {
+            let range = self.range.start..end;
+            let tracked = self.placed.is_tracked()
+                && (self.options.tracking == Tracking::Async
+                    || then < now
+                    || self.file.inode().has_room_for(&range));
+            self.placed
+                .remap(now, then, tracked, may_move)
+                .map_err(|error| self.told(Error::setup(OPERATION, error), asked))?;
+        }
+        self.range.end = end;
+        Ok(())
     }
 
     /// Translates a range of the mapping to the file's bytes, if it is all mapped.
@@ -543,8 +602,12 @@ impl Mapping {
     }
 
     fn refuse(&self, operation: &'static str, errno: Errno, range: Range<usize>) -> Error {
+        self.told(Error::invalid(operation, errno), range)
+    }
+
+    fn told(&self, error: Error, range: Range<usize>) -> Error {
         let start = self.range.start;
-        Error::invalid(operation, errno)
+        error
             .at_range(
                 start.saturating_add(range.start as u64)..start.saturating_add(range.end as u64),
             )

@@ -39,7 +39,8 @@ impl File {
     ///
     /// # Errors
     /// `EBADF` if not open for writing, `EINVAL` for an empty or overflowing range, `EFBIG`, `ENOSPC`, `EOPNOTSUPP` where the
-    /// store cannot.
+    /// store cannot; `EBUSY` if whole pages of the range, or those behind it that would move, stay pinned
+    /// ([`Mapping::pin`](crate::Mapping::pin)).
     pub fn allocate(&self, mode: AllocateMode, range: Range<u64>) -> Result<()> {
         const OPERATION: &str = "allocate space in";
         if !self.access().write {

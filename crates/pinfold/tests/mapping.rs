@@ -9,10 +9,12 @@
 mod mapping {
     mod basics;
     mod buffers;
-    mod limits;
+    pub mod limits;
+    mod pins;
     mod private;
     mod races;
     mod refusals;
+    pub mod remap;
     pub mod rig;
     mod shifts;
     mod signals;

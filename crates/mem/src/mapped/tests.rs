@@ -172,6 +172,78 @@ fn look_ups_race_with_changes_and_never_see_a_stranger() {
     });
 }
 
+#[test]
+fn a_table_of_many_chunks_finds_what_a_list_would() {
+    const PLACES: usize = 200;
+    let mut held: Vec<Option<(usize, Registration)>> = (0..PLACES).map(|_| None).collect();
+    let place = |round: usize| (round * round * 7 + round * 31) % PLACES;
+    let range = |place: usize| place * 0x3000 + 0x1000..place * 0x3000 + 0x2000;
+    let check = |held: &[Option<(usize, Registration)>]| {
+        for (place, there) in held.iter().enumerate() {
+            let at = range(place);
+            let expected = there.as_ref().map(|(number, _)| *number);
+            assert_eq!(which(7, at.start), expected, "place {place}");
+            assert_eq!(which(7, at.end - 1), expected, "place {place}");
+            assert_eq!(which(7, at.start - 1), None);
+            assert_eq!(which(7, at.end), None);
+        }
+    };
+    for round in 0..3000 {
+        let place = place(round);
+        match held[place].take() {
+            // Grows, then shrinks, then grows again.
+            Some(_) if (round / 1000) % 2 == 1 => {}
+            Some(there) => held[place] = Some(there),
+            None if (round / 1000) % 2 == 1 => {}
+            None => held[place] = Some((round, enter(7, range(place), round).unwrap())),
+        }
+        if round % 50 == 0 {
+            check(&held);
+        }
+        if held[place].is_some() {
+            let taken = enter(7, range(place), 0).map(drop);
+            assert_eq!(taken, Err(InsertError::Taken));
+        }
+    }
+    check(&held);
+    let there = |held: &[Option<_>]| held.iter().flatten().count();
+    assert!(there(&held) > 20);
+    for at in (0..PLACES).rev() {
+        held[at] = None;
+        if at % 20 == 0 {
+            check(&held);
+        }
+    }
+}
+
+#[test]
+fn a_range_made_longer_is_found_throughout_and_takes_nobody_s_place() {
+    let mut a = enter(8, 0x1000..0x3000, 1).unwrap();
+    let b = enter(8, 0x5000..0x6000, 2).unwrap();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                assert_eq!(which(8, 0x2000), Some(1), "lost while it is made longer");
+            }
+        });
+        a.extend(at(8, 0x4000)).unwrap();
+        a.extend(at(8, 0x5000)).unwrap();
+        assert_eq!(a.extend(at(8, 0x5001)), Err(InsertError::Taken));
+        stop.store(true, Ordering::Relaxed);
+    });
+    let found: Vec<_> = (1..7).map(|page| which(8, page << 12)).collect();
+    assert_eq!(found, [Some(1), Some(1), Some(1), Some(1), Some(2), None]);
+    drop(b);
+    a.exclude(at(8, 0x2000)..at(8, 0x3000)).unwrap();
+    a.extend(at(8, 0x7000)).unwrap();
+    let found: Vec<_> = (1..8).map(|page| which(8, page << 12)).collect();
+    let one = Some(1);
+    assert_eq!(found, [one, None, one, one, one, one, None]);
+    drop(a);
+    assert!((1..8).all(|page| which(8, page << 12).is_none()));
+}
+
 /// A window's pages, lent through its alias where they are valid; nothing is ever mapped for the program, so whoever touches
 /// an address instead of asking is caught.
 struct Lender {

@@ -1,5 +1,6 @@
 //! What the tests of mappings share.
 
+use std::os::fd::AsRawFd as _;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -129,4 +130,63 @@ pub fn bytes_mut(map: &Mapping, at: usize, len: usize) -> &mut [u8] {
     assert!(at + len <= map.len());
     // SAFETY: as for `bytes`; used by one call at a time.
     unsafe { std::slice::from_raw_parts_mut(map.as_mut_ptr().wrapping_add(at), len) }
+}
+
+/// Tells whether a system call can read a byte there.
+pub fn readable(addr: *const u8) -> bool {
+    let (_from, to) = std::io::pipe().unwrap();
+    // SAFETY: the kernel reads the byte or answers EFAULT.
+    unsafe { libc::write(to.as_raw_fd(), addr.cast(), 1) == 1 }
+}
+
+/// The same file mapped by the kernel.
+pub struct Kernel {
+    pub file: std::fs::File,
+    addr: *mut libc::c_void,
+    pub pages: usize,
+}
+
+impl Kernel {
+    pub fn new(rig: &Rig, bytes: &[u8], pages: usize, access: MapAccess) -> Self {
+        let path = rig.dir.path().join("kernel");
+        std::fs::write(&path, bytes).unwrap();
+        let mut options = std::fs::OpenOptions::new();
+        let file = options.read(true).write(true).open(path).unwrap();
+        let flags = match access {
+            MapAccess::Private => libc::MAP_PRIVATE,
+            MapAccess::Read | MapAccess::Write => libc::MAP_SHARED,
+        };
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let fd = file.as_raw_fd();
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        let addr = unsafe { libc::mmap(std::ptr::null_mut(), pages * PAGE, prot, flags, fd, 0) };
+        assert_ne!(addr, libc::MAP_FAILED);
+        Self { file, addr, pages }
+    }
+
+    pub fn remap(&mut self, pages: usize) {
+        // SAFETY: our own mapping; its old address is not used again.
+        let addr = unsafe {
+            libc::mremap(
+                self.addr,
+                self.pages * PAGE,
+                pages * PAGE,
+                libc::MREMAP_MAYMOVE,
+            )
+        };
+        assert_ne!(addr, libc::MAP_FAILED);
+        (self.addr, self.pages) = (addr, pages);
+    }
+
+    pub fn at(&self, at: usize) -> *mut u8 {
+        assert!(at < self.pages * PAGE);
+        self.addr.cast::<u8>().wrapping_add(at)
+    }
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, not used again.
+        unsafe { libc::munmap(self.addr, self.pages * PAGE) };
+    }
 }

@@ -415,7 +415,7 @@ impl Machine {
     /// Notes in the model that the size was set.
     fn resized(&mut self, len: u64) {
         if len < self.bytes.len() as u64 {
-            self.maps.forget_copies(len);
+            self.maps.cut_copies(len);
         }
         self.bytes.resize(len as usize, 0);
     }

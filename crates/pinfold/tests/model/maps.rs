@@ -1,13 +1,13 @@
 //! Mappings of the file: what loads must see, and where stores must go.
 //!
 //! Bytes of a page past the end of the file are nobody's: they may be stored to and say nothing, until the file grows
-//! over them and they are zeros. What a private mapping has copied is its own until the file is cut, shifted or the copies
-//! are dropped; then both the copy and the file's bytes are right.
+//! over them and they are zeros. What a private mapping has copied is its own until it is dropped, or the file is cut off
+//! before it; where the file is shifted both the copy and the file's bytes are right.
 
 use std::ops::Range;
 use std::os::fd::AsRawFd as _;
 
-use pinfold::{Advice, File, MapAccess, MapOptions, Mapping};
+use pinfold::{Advice, Errno, File, MapAccess, MapOptions, Mapping};
 
 use super::machine::{Machine, Outcome, PAGE, said, same};
 use super::program::{Op, SIZE_MAX, Verb};
@@ -31,7 +31,21 @@ pub struct Maps {
 }
 
 impl Maps {
-    /// Notes that the file was cut or shifted from `from` on: a copy of what was there may have gone or not.
+    /// Notes that the file was cut off at `end`: copies of what lies beyond are gone.
+    pub fn cut_copies(&mut self, end: u64) {
+        if !end.is_multiple_of(PAGE) {
+            let last = self.copies.get_mut((end / PAGE) as usize);
+            if let Some(Some(copy)) = last {
+                // It may show what the page held before or zeros, if the kernel made it.
+                copy.fill(None);
+            }
+        }
+        for copy in self.copies.iter_mut().skip(end.div_ceil(PAGE) as usize) {
+            *copy = None;
+        }
+    }
+
+    /// Notes that the file was shifted from `from` on: a copy of what was there may have gone or not.
     pub fn forget_copies(&mut self, from: u64) {
         let first = (from / PAGE) as usize;
         for copy in self.copies.iter_mut().skip(first) {
@@ -144,9 +158,11 @@ impl Machine {
         let Op { verb, at, len } = op;
         let bytes = at..at + len;
         match verb {
-            Verb::Map => self.remap(MapAccess::Write, &bytes),
-            Verb::MapRead => self.remap(MapAccess::Read, &bytes),
-            Verb::MapPrivate => self.remap(MapAccess::Private, &bytes),
+            Verb::Map => self.map_anew(MapAccess::Write, &bytes),
+            Verb::MapRead => self.map_anew(MapAccess::Read, &bytes),
+            Verb::MapPrivate => self.map_anew(MapAccess::Private, &bytes),
+            Verb::Remap => self.remap(MapAccess::Write, len),
+            Verb::RemapPrivate => self.remap(MapAccess::Private, len),
             Verb::Unmap => self.unmap_part(MapAccess::Write, &bytes),
             Verb::UnmapPrivate => self.unmap_part(MapAccess::Private, &bytes),
             Verb::Load => self.load(&bytes),
@@ -184,7 +200,7 @@ impl Machine {
             MapAccess::Private => self.maps.private.is_none(),
         };
         if missing {
-            self.remap(access, &(0..SIZE_MAX))?;
+            self.map_anew(access, &(0..SIZE_MAX))?;
         }
         let slot = match access {
             MapAccess::Write => &mut self.maps.shared,
@@ -194,7 +210,7 @@ impl Machine {
         Ok(slot.as_mut().expect("made above"))
     }
 
-    fn remap(&mut self, access: MapAccess, bytes: &Range<u64>) -> Outcome {
+    fn map_anew(&mut self, access: MapAccess, bytes: &Range<u64>) -> Outcome {
         let first = bytes.start / PAGE;
         let end = bytes.end.max(first * PAGE + 1);
         let options = MapOptions::new().access(access).delivery(self.delivery());
@@ -238,6 +254,47 @@ impl Machine {
         let whole = (start * PAGE) as usize..((end * PAGE) as usize).min(map.mapping.len());
         said("unmap", map.mapping.unmap(whole))?;
         map.live[start as usize..end as usize].fill(false);
+        Ok(())
+    }
+
+    fn remap(&mut self, access: MapAccess, len: u64) -> Outcome {
+        let may_move = !len.is_multiple_of(4);
+        let len = len.max(1);
+        let map = self.map(access)?;
+        let (now, then) = (map.live.len(), len.div_ceil(PAGE) as usize);
+        let torn = then > now && map.live.contains(&false);
+        let before = (map.mapping.as_ptr(), map.mapping.len());
+        // At most SIZE_MAX.
+        match map.mapping.remap(len as usize, may_move) {
+            Ok(()) if torn => return Err("a torn mapping grew".into()),
+            Ok(()) => {
+                map.live.resize(then, true);
+                same("the new length", map.mapping.len(), len as usize)?;
+                if !may_move {
+                    same("the address", map.mapping.as_ptr(), before.0)?;
+                }
+            }
+            Err(error) => {
+                let expected = if torn { Errno::EFAULT } else { Errno::ENOMEM };
+                same("remap's error", error.errno(), expected)?;
+                same("that it may be one", torn || !may_move, true)?;
+                same("place", (map.mapping.as_ptr(), map.mapping.len()), before)?;
+                return Ok(());
+            }
+        }
+        let changed = map.first as usize + now.min(then)..map.first as usize + now.max(then);
+        if access == MapAccess::Private {
+            // Neither unmapped pages nor new ones have been stored to.
+            for copy in self
+                .maps
+                .copies
+                .iter_mut()
+                .take(changed.end)
+                .skip(changed.start)
+            {
+                *copy = None;
+            }
+        }
         Ok(())
     }
 

@@ -79,6 +79,10 @@ verbs! {
     MapRead "map-read" 2,
     /// Maps them anew, with stores that stay with the mapping.
     MapPrivate "map-private" 2,
+    /// Makes the mapping for stores `len` bytes long, where it is or, for three of four lengths, wherever there is room.
+    Remap "remap" 4,
+    /// The same for the private mapping.
+    RemapPrivate "remap-private" 4,
     /// Takes whole pages out of the mapping for stores.
     Unmap "unmap" 2,
     /// Takes whole pages out of the private mapping.
