@@ -163,8 +163,12 @@ impl Glock {
     #[track_caller]
     pub(crate) fn lock_as(&self, owner: u64, request: Request) -> Result<Guard<'_>, Refusal> {
         let held = rank::enter(Rank::Glock);
-        let id = self.enqueue(owner, request)?;
-        self.finish(id, request, None)?;
+        let (id, good) = self.enqueue(owner, request)?;
+        if good {
+            self.drain_for(request);
+        } else {
+            self.finish(id, request, None)?;
+        }
         Ok(Guard {
             glock: self,
             id,
@@ -178,7 +182,7 @@ impl Glock {
     /// # Errors
     /// As [`Glock::lock`], where that is known at once.
     pub fn begin(&self, request: Request) -> Result<Queued<'_>, Refusal> {
-        let id = self.enqueue(this_thread(), request)?;
+        let (id, _) = self.enqueue(this_thread(), request)?;
         Ok(Queued {
             glock: self,
             id,
@@ -194,19 +198,20 @@ impl Glock {
         self.state.lock().machine.report(self.name, now)
     }
 
+    /// Returns with the place in the queue whether the grant is there and good already, as it is for a cached lock.
     #[inline]
-    fn enqueue(&self, owner: u64, request: Request) -> Result<HolderId, Refusal> {
+    fn enqueue(&self, owner: u64, request: Request) -> Result<(HolderId, bool), Refusal> {
         let mut state = self.state.lock();
         state.last += 1;
         let id = HolderId(state.last);
         match state.machine.enqueue(id, owner, request) {
-            Enqueued::Granted => Ok(id),
+            Enqueued::Granted => Ok((id, state.machine.is_fresh(request))),
             Enqueued::Refused(why) => Err(why),
             Enqueued::Queued => {
                 let now = self.host.now();
                 state.machine.waits_since(id, now);
                 self.settle(state, now, Caller::Node);
-                Ok(id)
+                Ok((id, false))
             }
         }
     }
@@ -243,10 +248,15 @@ impl Glock {
             }
         }
         drop(state);
+        self.drain_for(request);
+        Ok(())
+    }
+
+    #[inline]
+    fn drain_for(&self, request: Request) {
         if request.mode != Mode::Deferred {
             self.duties.drain_direct();
         }
-        Ok(())
     }
 
     fn refresh(&self) -> Result<(), Errno> {

@@ -417,6 +417,12 @@ impl Machine {
         self.refuse(self.holders, |_| true, Refusal::Failed(errno));
     }
 
+    /// Tells whether a holder need not ask [`Machine::begin_refresh`].
+    #[inline]
+    pub fn is_fresh(&self, request: Request) -> bool {
+        self.known == Known::Fresh || request.flags.has(Flags::SKIP)
+    }
+
     /// Asks on behalf of a holder whether the inode has to be read again first; SKIP never reads, and leaves the duty to
     /// the next.
     #[inline]

@@ -472,3 +472,68 @@ fn certificates_are_checked_on_both_sides() {
         assert_eq!(refusal(&service, "third").0, Errno::ENOTCONN);
     }
 }
+
+#[test]
+fn t63_no_lock_of_the_dead_is_given_before_the_grace() {
+    let server = Server::start();
+    let patient = Etcd {
+        grace: Duration::from_secs(3600),
+        ..volume(&server)
+    };
+    let stored: Vec<Arc<Stored>> = (0..2).map(|_| Arc::default()).collect();
+    let a = node(&mortal(&server), 0, &stored);
+    let b = node(&patient, 1, &stored);
+    drop(a.files[0].0.lock(Request::new(Exclusive)).unwrap());
+    let claims = server.keys("/test/lock/");
+    drop(a);
+    until("its lease ends", || server.keys("/test/member/").len() == 1);
+    // The survivor has heard of it by now, or hears of it before what it hears of next.
+    let (other, _) = &b.files[1];
+    for flags in [Flags::NOCACHE, Flags::NONE] {
+        drop(other.lock(Request::new(Exclusive).with(flags)).unwrap());
+    }
+    // Nor does one get it who was not there.
+    let late = node(&patient, 2, &stored);
+    for node in [&b, &late] {
+        let tried = node.files[0].0.lock(Request::new(Shared).with(Flags::TRY));
+        assert_eq!(tried.unwrap_err(), Refusal::TryFailed);
+    }
+    assert!(server.keys("/test/lock/").contains(&claims[0]));
+}
+
+/// Run by hand: `cargo test -p pinfold-lock --features etcd --release --test etcd -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn a_hand_over_against_a_bare_transaction() {
+    const TIMES: u32 = 200;
+    let server = Server::start();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let bare = runtime.block_on(async {
+        let mut client = etcd_client::Client::connect([server.endpoint()], None)
+            .await
+            .unwrap();
+        let start = Instant::now();
+        for _ in 0..TIMES {
+            let put = etcd_client::TxnOp::put("bare", "x", None);
+            let txn = etcd_client::Txn::new().and_then([put]);
+            client.txn(txn).await.unwrap();
+        }
+        start.elapsed() / TIMES
+    });
+    let ([a, b], _stored) = two_nodes(&volume(&server));
+    let glocks = [&a.files[0].0, &b.files[0].0];
+    let mut handed = Duration::ZERO;
+    for turn in 0..TIMES as usize {
+        let glock = glocks[turn % 2];
+        // Beyond the minimum hold of the node that has it, so that what is measured is messages.
+        std::thread::sleep(Duration::from_millis(2));
+        let start = Instant::now();
+        drop(glock.lock(Request::new(Exclusive)).unwrap());
+        handed += start.elapsed();
+    }
+    let ratio = (handed / TIMES).as_secs_f64() / bare.as_secs_f64();
+    println!("a hand-over takes {ratio:.2} bare transactions");
+}
