@@ -1,4 +1,5 @@
-//! Everything at once on one file larger than the cache, with contents that tell when they were written.
+//! Everything at once on one file larger than the cache, with contents that tell when they were written; with a store that
+//! is late now and then, and with one whose transfers end in an order that is drawn.
 //!
 //! Each page has one writer thread. A page's contents carry a generation; every fourth generation is zeros (a punch, or
 //! a cut and growth of the whole file). Before it changes a page a writer raises `begun`, afterwards `done`; whoever
@@ -8,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 
-use pinfold::testing::{Action, FaultyObject, MemoryObject, On, Rule, Seed};
+use pinfold::testing::{Action, DeferredObject, FaultyObject, MemoryObject, On, Rule, Seed};
 use pinfold::{AlignedBuf, File, Object};
 
 use crate::rig::{PATIENCE, Rig, within};
@@ -206,7 +207,13 @@ fn run(number: u64, length: Duration) {
     }
     let object: Arc<dyn Object> = store;
     let rig = Rig::with_interval(object, Duration::from_millis(1 + seed.below(20)));
-    let storm = Storm::new(&rig);
+    let storm = rage(&rig, number, length);
+    at_rest(&rig, &storm, &memory);
+}
+
+/// Has everybody at it for `length`; returns what is to be found afterwards.
+fn rage(rig: &Rig, number: u64, length: Duration) -> Arc<Storm> {
+    let storm = Storm::new(rig);
     let start = Instant::now();
     std::thread::scope(|scope| {
         for thread in 0..WRITERS + 4 {
@@ -224,7 +231,59 @@ fn run(number: u64, length: Duration) {
             });
         }
     });
+    storm
+}
+
+/// The same over a store whose transfers, and not only some, end when a scheduler says so: it draws how many it lets
+/// gather, and which of them is next, before its bytes move or behind that.
+fn run_scheduled(number: u64, length: Duration) {
+    /// Transfers gathered before one of them is let go, at most.
+    const GATHER_MAX: u64 = 6;
+    /// Looks at the queue before it is gathered enough: those who would add to it may wait for what is in it.
+    const LOOKS_MAX: u64 = 2;
+    let mut seed = Seed::new(number ^ 0x5eed);
+    let memory = MemoryObject::new();
+    let slow = match seed.below(2) {
+        0 => DeferredObject::new(memory.clone()),
+        _ => DeferredObject::holding_completions(memory.clone()),
+    };
+    let rig = Rig::with_interval(slow.clone(), Duration::from_millis(1 + seed.below(20)));
+    let over = AtomicBool::new(false);
+    let storm = std::thread::scope(|scope| {
+        let scheduler = scope.spawn(|| {
+            // However it ends, whoever waits for a transfer must not wait for ever.
+            let _open = OpenAll(&slow);
+            while !over.load(Ordering::SeqCst) {
+                let gather = 1 + seed.below(GATHER_MAX);
+                for _ in 0..LOOKS_MAX {
+                    if slow.queued().len() as u64 >= gather {
+                        break;
+                    }
+                    std::thread::yield_now();
+                }
+                let waiting = slow.queued().len() as u64;
+                if waiting > 0 {
+                    slow.release(seed.below(waiting) as usize);
+                }
+            }
+        });
+        let storm = {
+            let _over = StopAll(&over);
+            rage(&rig, number, length)
+        };
+        scheduler.join().unwrap();
+        storm
+    });
     at_rest(&rig, &storm, &memory);
+}
+
+/// Lets every transfer go, also when the scheduler fails.
+struct OpenAll<'a>(&'a DeferredObject);
+
+impl Drop for OpenAll<'_> {
+    fn drop(&mut self) {
+        self.0.open();
+    }
 }
 
 /// Everything that was written is there, from the cache and from the store, and nothing is held.
@@ -267,6 +326,20 @@ fn nothing_stale_is_read_and_nothing_lost_whatever_happens_at_once() {
     while Instant::now() < end {
         println!("PINFOLD_RACE_SEED={seed}");
         within(PATIENCE, move || run(seed, Duration::from_millis(400)));
+        seed += 1;
+    }
+}
+
+#[test]
+fn nothing_is_stale_or_lost_in_whatever_order_transfers_end() {
+    let end = Instant::now() + Duration::from_secs(number("PINFOLD_RACE_SECONDS", 5));
+    let mut seed = number("PINFOLD_RACE_SEED", 1);
+    while Instant::now() < end {
+        println!("PINFOLD_RACE_SEED={seed}");
+        // Each transfer takes a turn of the scheduler, which is one thread of many on a busy machine.
+        within(PATIENCE * 4, move || {
+            run_scheduled(seed, Duration::from_millis(400))
+        });
         seed += 1;
     }
 }
