@@ -639,8 +639,9 @@ impl Machine {
                     self.counts.surprises += 1;
                     self.hold = self.hold.saturating_sub(HOLD_SHORTER).max(HOLD_MIN);
                 }
-                if mode == Mode::Unlocked {
-                    self.known = Known::Stale;
+                if asker.is_none() && mode != to {
+                    // What is cached here was made ready for another mode.
+                    self.withdraw = Some(Errno::EIO);
                 }
                 self.mode = mode;
                 self.token = token;

@@ -662,6 +662,22 @@ fn t64_a_lock_whose_write_back_fails_is_not_handed_over() {
 }
 
 #[test]
+fn t64_a_fall_that_ends_in_another_mode_makes_the_node_withdraw() {
+    let script = Script::new();
+    let a = script.node_with("a", Exclusive);
+    script.service.demote("a", FILE, Shared);
+    let _fall = script.expect("a", Exclusive, Shared);
+    // What is still cached for SH would be there under UN.
+    let reply = Reply::Granted {
+        mode: Unlocked,
+        token: Token(1),
+    };
+    script.service.reply("a", FILE, reply);
+    assert_eq!(a.space.check(), Err(Errno::EIO));
+    assert!(a.glock.lock(Request::new(Shared)).is_err());
+}
+
+#[test]
 fn t63_a_node_stops_by_its_own_clock_at_the_end_of_its_lease() {
     let script = Script::new();
     let end = script.clock.now().after(Duration::from_secs(10));

@@ -414,3 +414,13 @@ fn t61_drawn_triples_keep_section_h() {
         explore(&drawn, left);
     }
 }
+
+#[test]
+fn h15_a_recovery_ends_with_its_own_generation_alone() {
+    let mut machine = Machine::new(HOLD, Some(1));
+    machine.freeze(2);
+    machine.thaw(1, Time::ZERO);
+    assert_eq!(machine.frozen, Some(2));
+    machine.thaw(2, Time::ZERO);
+    assert_eq!(machine.frozen, None);
+}
