@@ -49,7 +49,7 @@ fn with_budget(
     kind: UserMapKind,
     body: impl FnOnce(&Rig, &Arc<FilePages>, &Arc<MemoryObject>, &Program) + Send + 'static,
 ) {
-    within(Duration::from_secs(60), move || {
+    within(PATIENCE, move || {
         let rig = rig();
         let (file, store) = file_of(&rig, pages);
         {
@@ -366,7 +366,7 @@ fn a_page_pinned_in_a_mapping_stays_there() {
 
 #[test]
 fn write_back_of_a_file_longer_than_its_mapping_finds_its_way() {
-    within(Duration::from_secs(60), || {
+    within(PATIENCE, || {
         let rig = Rig::with_room();
         let (file, store) = file_of(&rig, 1000);
         let kind = UserMapKind::SharedWrite;
@@ -596,7 +596,7 @@ fn t54_a_fault_that_overtakes_a_truncation_maps_nothing_beyond_the_end() {
         },
     ];
     for call in calls {
-        within(Duration::from_secs(60), move || {
+        within(PATIENCE, move || {
             // With room for a place in the window, or the fault looks at the size once more while it makes some.
             let rig = Rig::with_room();
             let bytes = vec![9; PAGES as usize * PAGE];

@@ -10,13 +10,12 @@ mod rig;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::time::Duration;
 
 use pinfold_cache::{FilePages, Here, MapOutcome, Mode, ReadAhead};
 use pinfold_mem::{Access, UserMapKind};
 use pinfold_store::testing::MemoryObject;
 use program::Program;
-use rig::{PAGE, Rig, WANT, within};
+use rig::{PAGE, PATIENCE, Rig, WANT, within};
 
 const PAGES: u64 = 64;
 
@@ -47,7 +46,7 @@ static ALLOCATOR: Counting = Counting;
 
 #[test]
 fn t67_a_fault_served_at_once_allocates_nothing() {
-    within(Duration::from_secs(60), || {
+    within(PATIENCE, || {
         let rig = Rig::with_room();
         let store = MemoryObject::with(&vec![7; PAGES as usize * PAGE]);
         let file = FilePages::new(&rig.cache, store, PAGES * PAGE as u64);
@@ -77,7 +76,7 @@ fn t67_a_fault_served_at_once_allocates_nothing() {
 
 #[test]
 fn t67_a_page_read_by_the_thread_that_faults_allocates_nothing_and_makes_its_own_room() {
-    within(Duration::from_secs(60), || {
+    within(PATIENCE, || {
         let rig = Rig::new();
         // Four times the budget: most faults evict, from windows and from the arena.
         let pages = 4 * rig.cache.pages_max() as u64;

@@ -9,7 +9,6 @@ mod rig;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
-use std::time::Duration;
 
 use pinfold_cache::separation::{Operation, separation};
 use pinfold_cache::{FilePages, Mode};
@@ -17,7 +16,7 @@ use pinfold_mem::UserMapKind;
 use pinfold_store::Object;
 use pinfold_store::testing::MemoryObject;
 use program::Program;
-use rig::{PAGE, Rig, WANT, within};
+use rig::{PAGE, PATIENCE, Rig, WANT, within};
 
 /// The page everything happens to, and its size in the file, which another page follows.
 const TARGET: u64 = 3;
@@ -208,7 +207,7 @@ fn every_pair_of_operations_on_one_page_is_kept_apart() {
         for &b in &Operation::ALL[i..] {
             assert_eq!(separation(a, b), separation(b, a));
             println!("{} and {}: {}", a.name(), b.name(), separation(a, b));
-            within(Duration::from_secs(60), move || race(a, b));
+            within(PATIENCE, move || race(a, b));
         }
     }
 }

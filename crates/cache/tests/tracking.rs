@@ -15,13 +15,13 @@ use std::time::{Duration, Instant};
 use pinfold_cache::{FilePages, Harvest, Mode};
 use pinfold_store::testing::MemoryObject;
 use program::Program;
-use rig::{PAGE, Rig, WANT, within, write};
+use rig::{PAGE, PATIENCE, Rig, WANT, within, write};
 
 fn with_program(
     pages: u64,
     body: impl FnOnce(&Rig, &Arc<FilePages>, &Arc<MemoryObject>, &Program) + Send + 'static,
 ) {
-    within(Duration::from_secs(60), move || {
+    within(PATIENCE, move || {
         let rig = Rig::new();
         let (file, store) = file_of(&rig, pages);
         let Some(program) = Program::tracked(&file, pages) else {

@@ -38,6 +38,8 @@ pub struct Job {
     pub seed: u64,
     /// How long its races may go on, in milliseconds.
     pub race_ms: u64,
+    /// By how much its limits of time are multiplied.
+    pub patience: u32,
 }
 
 /// What a process is started for.
@@ -130,7 +132,7 @@ fn perform(
         std::thread::spawn(|| report_beats(beats));
     }
     let race = Duration::from_millis(job.race_ms);
-    let context = Context::new(&*fs, job.seed, race, beats, role);
+    let context = Context::new(&*fs, job.seed, race, beats, role).with_patience(job.patience);
     note_panics();
     let ended = catch_unwind(AssertUnwindSafe(|| (scenario.run)(&context)));
     let ended = ended.unwrap_or_else(|_| Err(Stop::Fail("a panic ended it".into())));

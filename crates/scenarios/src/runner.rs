@@ -45,6 +45,8 @@ pub struct Plan {
     pub race: Duration,
     /// A child that is silent for so long hangs.
     pub silence_max: Duration,
+    /// By how much all limits of time are multiplied, for a machine that others keep busy.
+    pub patience: u32,
     /// How children are started.
     pub child: ChildCommand,
     /// When no further scenario is begun.
@@ -115,6 +117,7 @@ fn run_one(
         target: target.moved(&room.path),
         seed: plan.seed,
         race_ms: u64::try_from(plan.race.as_millis()).unwrap_or(u64::MAX),
+        patience: plan.patience,
     };
     let verdict = match Supervised::start(plan, job) {
         Ok(child) => child.watch(plan, scenario, interrupted, on),
@@ -205,7 +208,8 @@ impl Supervised {
     ) -> Verdict {
         let began = Instant::now();
         let mut heard = began;
-        let longest = Duration::from_secs(scenario.seconds_max) + plan.race;
+        let silence_max = plan.silence_max * plan.patience;
+        let longest = Duration::from_secs(scenario.seconds_max) * plan.patience + plan.race;
         let ended = loop {
             match self.messages.recv_timeout(LOOK_EVERY) {
                 Ok(Message::Beat(_)) => {
@@ -231,15 +235,15 @@ impl Supervised {
                 let reason = "interrupted".into();
                 return Outcome::Skipped { reason }.into();
             }
-            if heard.elapsed() > plan.silence_max {
-                return self.hung(format!("silent for {:?}", plan.silence_max));
+            if heard.elapsed() > silence_max {
+                return self.hung(format!("silent for {silence_max:?}"));
             }
             if began.elapsed() > longest {
                 return self.hung(format!("not done after {longest:?}"));
             }
         };
         // A process that has its result may still hang in its destructors.
-        let Some(status) = self.wait(plan.silence_max) else {
+        let Some(status) = self.wait(silence_max) else {
             return self.hung("done, but it does not end".into());
         };
         match ended {

@@ -165,6 +165,7 @@ pub struct Context<'a> {
     started: Instant,
     /// How long races may go on, apart from their minimum of rounds.
     race: Duration,
+    patience: u32,
     checks: AtomicU64,
     beats: &'a AtomicU64,
     failures: Mutex<BTreeMap<&'static str, (u64, String)>>,
@@ -188,6 +189,7 @@ impl<'a> Context<'a> {
             seed,
             started: Instant::now(),
             race,
+            patience: 1,
             checks: AtomicU64::new(0),
             beats,
             failures: Mutex::default(),
@@ -195,6 +197,19 @@ impl<'a> Context<'a> {
             role,
             varies: AtomicBool::new(false),
         }
+    }
+
+    /// Multiplies what things may take, for a machine that others keep busy.
+    #[must_use]
+    pub fn with_patience(mut self, patience: u32) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// Returns what may be taken here by something that may take `time` on a machine that nobody else uses.
+    #[must_use]
+    pub fn allows(&self, time: Duration) -> Duration {
+        time * self.patience
     }
 
     /// Returns the file system under test.

@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// gdb gets so long; a process in an uninterruptible sleep cannot be attached to at all.
-const GDB_MAX: Duration = Duration::from_secs(20);
+const GDB_MAX: Duration = Duration::from_secs(60);
 /// Longest report, in bytes.
 const REPORT_MAX: usize = 64 << 10;
 

@@ -147,7 +147,7 @@ fn t58_an_fsync_that_never_ends_is_killed_and_its_stacks_are_reported() {
     let target = Target::kernel(dir.path()).with(Mutation::HangInSync);
     let scenario = suite::find("T58").unwrap();
     let record = common::run_with(target, vec![scenario], |plan| {
-        plan.silence_max = Duration::from_secs(2);
+        plan.silence_max = Duration::from_secs(1);
     })
     .remove(0);
     let Outcome::Hung { why, stacks } = &record.outcome else {
@@ -206,7 +206,7 @@ fn mounts_that_a_killed_scenario_left_are_unmounted() {
     let scenario = suite::find("T59").unwrap();
     let target = Target::kernel(dir.path()).with(Mutation::HangInSync);
     let record = common::run_with(target, vec![scenario], |plan| {
-        plan.silence_max = Duration::from_secs(2);
+        plan.silence_max = Duration::from_secs(1);
     })
     .remove(0);
     assert!(

@@ -30,13 +30,15 @@ const FOUND: u8 = 1;
 const USAGE: u8 = 2;
 /// Exit status after SIGINT, as shells have it.
 const INTERRUPTED: u8 = 130;
+/// Most that limits of time are multiplied by.
+const PATIENCE_MAX: i64 = 1000;
 /// Most results kept of repeated rounds that were not plain successes.
 const KEPT_MAX: usize = 10_000;
 
 /// Torture the file systems of directories, this library on directories, or both side by side.
 ///
 /// Each scenario runs in a process of its own, in a fresh subdirectory that is removed again; one that falls silent for
-/// ten seconds is killed and reported with the stacks of its threads. Exit status 0: nothing bad was found (known
+/// ten seconds (times --patience) is killed and reported with the stacks of its threads. Exit status 0: nothing bad was found (known
 /// divergences and skipped scenarios included); 1: something was; 2: it could not be run; 130: it was interrupted before
 /// anything bad was found.
 #[derive(Debug, Args)]
@@ -63,6 +65,9 @@ pub struct Arguments {
     /// Repeat the scenarios that draw numbers or race, each round with the next seed, until so many minutes have passed
     #[arg(long, value_name = "M")]
     minutes: Option<u64>,
+    /// Multiply all limits of time, for a machine that others keep busy
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=PATIENCE_MAX))]
+    patience: u32,
     /// Break a promise on purpose, to see what a failure looks like
     #[arg(long, value_name = "FAULT", value_parser = fault)]
     plant: Option<Mutation>,
@@ -233,6 +238,7 @@ fn plan(args: &Arguments) -> Result<Plan, String> {
         seed: args.seed.unwrap_or_else(seed_of_now),
         race: Plan::RACE,
         silence_max: Plan::SILENCE_MAX,
+        patience: args.patience,
         child: ChildCommand {
             program,
             args: vec!["torture".into(), "--child".into()],

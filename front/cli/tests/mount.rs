@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-/// How long anything may take.
-const LIMIT: Duration = Duration::from_secs(60);
+/// How long anything may take, however busy the machine.
+const LIMIT: Duration = Duration::from_secs(240);
 
 struct Place {
     data: PathBuf,
@@ -217,12 +217,16 @@ fn what_still_uses_the_mount_is_cut_off_with_a_warning_and_loses_nothing_written
         return;
     }
     let place = place();
-    let script = "exec 3>mnt/held; echo first >&3; (sleep 5) & exit 3";
+    // Who still uses it does so until it is told to end, and holds none of the pipes that are waited for.
+    let script = "exec 3>mnt/held; echo first >&3; sleep 1000 >/dev/null 2>&1 & echo $!; exit 3";
     let output = pinfold()
         .args(["mount", "data", "mnt", "--", "sh", "-c", script])
         .current_dir(place.base.path())
         .output()
         .unwrap();
+    let user = String::from_utf8_lossy(&output.stdout).into_owned();
+    let user = Pid::from_raw(user.trim().parse().unwrap()).unwrap();
+    kill_process(user, Signal::KILL).unwrap();
     assert_eq!(output.status.code(), Some(3));
     assert!(
         complaint(&output).contains("still in use"),

@@ -14,7 +14,8 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -398,14 +399,14 @@ print(grown, *results)
 """
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(480)
 @pytest.mark.parametrize("which", DELIVERIES)
 def test_numpy_sorts_eight_times_the_budget_in_place(directory: Path, which: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(OUT_OF_CORE), directory, which],
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=400,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -450,7 +451,7 @@ def test_mapping_puts_the_handler_back_on_top_of_faulthandler(directory: Path) -
         ],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=200,
         check=False,
     )
     assert done.returncode == -11, done
@@ -496,7 +497,7 @@ def test_a_child_of_fork_has_no_mapping_and_is_told(directory: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=200,
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
@@ -514,12 +515,7 @@ def test_others_run_while_a_mapping_call_waits(directory: Path) -> None:
             nonlocal counted
             while not ended:
                 counted += 1
-                ended_or_sleep()
-
-        def ended_or_sleep() -> None:
-            import time
-
-            time.sleep(0)
+                time.sleep(0)
 
         interval = sys.getswitchinterval()
         thread = threading.Thread(target=count)
@@ -527,12 +523,19 @@ def test_others_run_while_a_mapping_call_waits(directory: Path) -> None:
         sys.setswitchinterval(1000)
         try:
             with file.map() as mapping:
-                before = counted
-                assert mapping.find(b"x") == -1
-                assert counted - before > 10
-                before = counted
-                assert mapping[:] == bytes(16 << 20)
-                assert counted > before
+
+                def counts_beside(call: Callable[[], bool], turns: int) -> bool:
+                    # On a busy machine the other thread may wait for a processor as long as a call takes.
+                    deadline = time.monotonic() + 200
+                    while time.monotonic() < deadline:
+                        before = counted
+                        assert call()
+                        if counted - before > turns:
+                            return True
+                    return False
+
+                assert counts_beside(lambda: mapping.find(b"x") == -1, 10)
+                assert counts_beside(lambda: mapping[:] == bytes(16 << 20), 0)
         finally:
             sys.setswitchinterval(interval)
             ended = True

@@ -14,7 +14,7 @@ import pytest
 import pinfold
 from conftest import pattern
 
-TIMEOUT_S = 30
+TIMEOUT_S = 200
 
 
 def python(text: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -56,7 +56,7 @@ def fsx(place: Place) -> dict:
             said, _ = process.communicate(timeout=_share(place, len(FSX)))
         except subprocess.TimeoutExpired:
             process.terminate()
-            process.communicate(timeout=60)
+            process.communicate(timeout=240)
             continue
         finally:
             config.unlink()
@@ -116,7 +116,7 @@ def stress_ng(place: Place) -> dict:
         done = subprocess.run(
             ["stress-ng", "--temp-path", place.dir, f"--{stressor}", "2", "--timeout", f"{each}s", "--verify", "--hdd-bytes", "16m",
              "--iomix-bytes", "16m", "--oomable"],
-            cwd=place.dir, capture_output=True, timeout=each + 120, check=False, stdin=subprocess.DEVNULL,
+            cwd=place.dir, capture_output=True, timeout=each + 300, check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         said = (done.stdout + done.stderr).decode(errors="replace")
         unavailable = 3, 4

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use pinfold_cache::{Cache, CacheConfig, Census, FilePages, MEMORY_MIN, Want};
 
 pub const PAGE: usize = 4096;
-/// How long anything that is not stuck takes at most.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+/// How long anything that is not stuck takes at most, however busy the machine.
+pub const PATIENCE: Duration = Duration::from_secs(120);
 /// Long enough for a thread that is not held up to have gone on.
 pub const MOMENT: Duration = Duration::from_millis(100);
 /// One page, for a reader without a pattern.

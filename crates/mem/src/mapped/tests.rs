@@ -116,7 +116,10 @@ fn removal_waits_for_a_look_up_that_is_under_way_and_for_no_other() {
     let wait = |flag: &AtomicBool| {
         let since = Instant::now();
         while !flag.load(Ordering::SeqCst) {
-            assert!(since.elapsed() < Duration::from_secs(10), "nothing happens");
+            assert!(
+                since.elapsed() < Duration::from_secs(120),
+                "nothing happens"
+            );
             std::thread::yield_now();
         }
     };
@@ -137,7 +140,7 @@ fn removal_waits_for_a_look_up_that_is_under_way_and_for_no_other() {
         });
         let since = Instant::now();
         while which(4, 0x1000).is_some() {
-            assert!(since.elapsed() < Duration::from_secs(10), "still found");
+            assert!(since.elapsed() < Duration::from_secs(120), "still found");
             std::thread::yield_now();
         }
         std::thread::sleep(Duration::from_millis(20));

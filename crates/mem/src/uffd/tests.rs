@@ -21,7 +21,7 @@ const P: usize = PAGE;
 fn within<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     let (done, result) = mpsc::channel();
     let worker = std::thread::spawn(move || done.send(work()));
-    match result.recv_timeout(Duration::from_secs(10)) {
+    match result.recv_timeout(Duration::from_secs(120)) {
         Ok(value) => value,
         Err(mpsc::RecvTimeoutError::Timeout) => panic!("hangs"),
         Err(mpsc::RecvTimeoutError::Disconnected) => {

@@ -8,7 +8,7 @@ use super::*;
 use crate::span::AlignedBuf;
 
 const PAGE: usize = 4096;
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 fn start(backend: Backend, arena: Option<Arc<Arena>>) -> Arc<Engine> {
     Engine::start(EngineConfig {

@@ -1,6 +1,6 @@
 //! Mapped memory as the buffer of a call, on the same file too.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use pinfold::{File, IoOptions, IovCursor, MapAccess, Mapping, OpenOptions};
@@ -109,22 +109,27 @@ fn t33_two_files_each_written_from_the_others_mapping_both_progress() {
         let (a, b) = (rig.file("a", 128 * PAGE, 1), rig.file("b", 128 * PAGE, 2));
         let maps = [rig.map(&b, MapAccess::Read), rig.map(&a, MapAccess::Read)];
         let stop = AtomicBool::new(false);
-        let run = |file: &File, map: &Mapping| {
-            let mut rounds = 0u64;
+        let (first, second) = (AtomicU64::new(0), AtomicU64::new(0));
+        let run = |file: &File, map: &Mapping, rounds: &AtomicU64| {
             while !stop.load(Ordering::Relaxed) {
-                let at = (rounds % 100) as usize * PAGE;
+                let at = (rounds.load(Ordering::Relaxed) % 100) as usize * PAGE;
                 let written = file.write_at(bytes(map, at, 20 * PAGE), at as u64);
                 assert_eq!(written.unwrap(), 20 * PAGE);
-                rounds += 1;
+                rounds.fetch_add(1, Ordering::Relaxed);
             }
-            rounds
         };
         thread::scope(|scope| {
-            let one = scope.spawn(|| run(&a, &maps[0]));
-            let two = scope.spawn(|| run(&b, &maps[1]));
+            scope.spawn(|| run(&a, &maps[0], &first));
+            scope.spawn(|| run(&b, &maps[1], &second));
             thread::sleep(std::time::Duration::from_millis(500));
+            // Both get somewhere however late they were scheduled; the watchdog ends one that does not.
+            while [&first, &second]
+                .map(|rounds| rounds.load(Ordering::Relaxed))
+                .contains(&0)
+            {
+                thread::sleep(std::time::Duration::from_millis(1));
+            }
             stop.store(true, Ordering::Relaxed);
-            assert!(one.join().unwrap() > 0 && two.join().unwrap() > 0);
         });
     });
 }

@@ -260,7 +260,7 @@ fn an_access_that_cannot_be_served_is_a_signal_with_its_address() {
                     if let Some(status) = child.try_wait().unwrap() {
                         break status;
                     }
-                    if begun.elapsed() > Duration::from_secs(20) {
+                    if begun.elapsed() > Duration::from_secs(60) {
                         child.kill().unwrap();
                         panic!("{case}, {delivery}: hangs");
                     }
@@ -313,7 +313,10 @@ fn a_store_that_recovers_is_asked_again() {
             while pipe.1.write(bytes(&map, 3 * PAGE, 10)).is_err()
                 && sick.rig.delivery == Delivery::Handler
             {
-                assert!(begun.elapsed() < Duration::from_secs(5), "refused for ever");
+                assert!(
+                    begun.elapsed() < Duration::from_secs(60),
+                    "refused for ever"
+                );
                 thread::sleep(Duration::from_millis(5));
             }
             assert_eq!(load(&map, 3 * PAGE), pattern(20 * PAGE, 1)[3 * PAGE]);

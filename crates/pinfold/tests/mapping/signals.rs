@@ -14,6 +14,9 @@ static BASE: AtomicUsize = AtomicUsize::new(0);
 static LOADS: AtomicUsize = AtomicUsize::new(0);
 static WRONG: AtomicBool = AtomicBool::new(false);
 
+/// Fewer signals are no test; more are waited for.
+const LOADS_MIN: usize = 100;
+
 /// Handlers that run: the mapping may only go when none of them has its address.
 static INSIDE: AtomicUsize = AtomicUsize::new(0);
 
@@ -83,7 +86,8 @@ fn child() {
             scope.spawn(move || {
                 let mut buf = vec![0; 20 * PAGE];
                 let mut round = worker;
-                while Instant::now() < until {
+                // A machine that others keep busy delivers few signals a second.
+                while Instant::now() < until || LOADS.load(Ordering::Relaxed) <= LOADS_MIN {
                     round += 1;
                     let page = round * 17 % 250;
                     match round % 6 {
@@ -121,8 +125,6 @@ fn child() {
         thread::sleep(Duration::from_millis(1));
     }
     assert!(!WRONG.load(Ordering::SeqCst), "a handler read other bytes");
-    let loads = LOADS.load(Ordering::SeqCst);
-    assert!(loads > 100, "{loads} signals are no test");
 }
 
 /// F-9.
@@ -147,7 +149,7 @@ fn t67_handlers_that_touch_mapped_memory_neither_hang_nor_break_calls() {
             let killer = thread::spawn(move || {
                 let begun = Instant::now();
                 while !ended.load(Ordering::SeqCst) {
-                    if begun.elapsed() > Duration::from_secs(40) {
+                    if begun.elapsed() > Duration::from_secs(110) {
                         // SAFETY: our own child, which has not been waited for.
                         unsafe { libc::kill(id.cast_signed(), libc::SIGKILL) };
                         return;

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use pinfold::{File, MEMORY_MIN, Object, OpenOptions, Volume};
 
-/// How long anything that is not stuck takes at most.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+/// How long anything that is not stuck takes at most, however busy the machine.
+pub const PATIENCE: Duration = Duration::from_secs(120);
 /// Long enough for a thread that is not held up to have gone on.
 pub const MOMENT: Duration = Duration::from_millis(100);
 

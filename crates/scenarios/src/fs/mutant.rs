@@ -198,6 +198,11 @@ struct MutantFile {
     failed: AtomicU64,
 }
 
+/// How long [`Mutation::StarveOne`] holds up a write: longer than patient tests of T60 wait.
+const STARVED: Duration = Duration::from_secs(9);
+/// How long [`Mutation::SlowSync`] takes: longer than T50 allows.
+const SLOW_SYNC: Duration = Duration::from_secs(6);
+
 /// Byte that no scenario writes.
 const GARBAGE: u8 = 0xee;
 
@@ -250,7 +255,7 @@ impl MutantFile {
                     self.inner.truncate(end)?;
                 }
             }
-            Mutation::StarveOne if self.starved => std::thread::sleep(Duration::from_secs(5)),
+            Mutation::StarveOne if self.starved => std::thread::sleep(STARVED),
             _ => {}
         }
         Ok(())
@@ -416,7 +421,7 @@ impl Handle for MutantFile {
                 std::thread::park();
             },
             (Mutation::SlowSync, result) => {
-                std::thread::sleep(Duration::from_secs(2));
+                std::thread::sleep(SLOW_SYNC);
                 result
             }
             (Mutation::ForgetErrors, _) => Ok(()),

@@ -375,7 +375,7 @@ const DEATH_MAX: Duration = Duration::from_secs(40);
 /// of its own, not a hang.
 fn ended(cx: &Context<'_>, victim: &mut Child) -> Result<Option<ExitStatus>, Stop> {
     let began = Instant::now();
-    while began.elapsed() < DEATH_MAX {
+    while began.elapsed() < cx.allows(DEATH_MAX) {
         if let Some(status) = victim.try_wait().map_err(Errno::from)? {
             return Ok(Some(status));
         }
@@ -413,7 +413,9 @@ fn kill_the_writer(cx: &Context<'_>) -> Result<(), Stop> {
             )));
         };
         let took = killed.elapsed();
-        cx.check("the call ends soon", took < SOON, || format!("{took:?}"));
+        cx.check("the call ends soon", took < cx.allows(SOON), || {
+            format!("{took:?}")
+        });
         let size = file.size()?;
         cx.check("size is no more than was asked", size <= HUGE, || {
             size.to_string()

@@ -9,6 +9,9 @@ use pinfold_scenarios::{ChildCommand, Plan, Record, Scenario, Target, runner, su
 
 static TURN: Mutex<()> = Mutex::new(());
 
+/// Tests run beside others, and on machines with other work.
+const PATIENCE: u32 = 6;
+
 /// Runs `scenarios` on `target`, with the seed in PINFOLD_SCENARIO_SEED if it is set.
 pub fn run_with(
     target: Target,
@@ -27,6 +30,7 @@ pub fn run_with(
         seed,
         race: Duration::from_millis(300),
         silence_max: Plan::SILENCE_MAX,
+        patience: PATIENCE,
         child: ChildCommand {
             program: env!("CARGO_BIN_EXE_pinfold-scenario").into(),
             args: Vec::new(),

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use pinfold_base::{Errno, Progress};
 use pinfold_mem::Segments;
 
@@ -30,7 +30,8 @@ pub enum Action {
     FailAfter(u64, Errno),
     /// The first bytes are transferred and no reason is given, as at the end of a file; others run as they are.
     Short(u64),
-    /// It runs as it is, this much later. Transfers wait in a thread of their own, others in the caller's.
+    /// It runs as it is, this much later, or when the rules are forgotten. Transfers wait in a thread of their own, others
+    /// in the caller's.
     Delay(Duration),
 }
 
@@ -108,13 +109,35 @@ impl Rule {
 #[derive(Debug)]
 pub struct FaultyObject {
     inner: Arc<dyn Object>,
+    shared: Arc<Shared>,
+}
+
+/// What delayed transfers need as well.
+#[derive(Debug, Default)]
+struct Shared {
     state: Mutex<State>,
+    cleared: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct State {
     rules: Vec<Rule>,
     struck: u64,
+    /// How often rules were forgotten.
+    clearings: u64,
+}
+
+impl Shared {
+    /// Waits as a rule says that applied after so many clearings.
+    fn delay(&self, time: Duration, clearings: u64) {
+        let until = Instant::now() + time;
+        let mut state = self.state.lock();
+        while state.clearings == clearings {
+            if self.cleared.wait_until(&mut state, until).timed_out() {
+                break;
+            }
+        }
+    }
 }
 
 impl FaultyObject {
@@ -123,34 +146,39 @@ impl FaultyObject {
     pub fn new(inner: Arc<dyn Object>) -> Arc<Self> {
         Arc::new(Self {
             inner,
-            state: Mutex::new(State::default()),
+            shared: Arc::default(),
         })
     }
 
     /// Adds a rule after those there are.
     pub fn add(&self, rule: Rule) {
-        self.state.lock().rules.push(rule);
+        self.shared.state.lock().rules.push(rule);
     }
 
-    /// Forgets all rules.
+    /// Forgets all rules, and delays no longer what they delay.
     pub fn clear(&self) {
-        self.state.lock().rules.clear();
+        let mut state = self.shared.state.lock();
+        state.rules.clear();
+        state.clearings += 1;
+        drop(state);
+        self.shared.cleared.notify_all();
     }
 
     /// Returns how often a rule applied.
     #[must_use]
     pub fn struck(&self) -> u64 {
-        self.state.lock().struck
+        self.shared.state.lock().struck
     }
 
-    fn action(&self, operation: Operation, offset: u64, len: u64) -> Option<Action> {
-        let mut state = self.state.lock();
+    /// Returns what is to happen instead, and how often rules had been forgotten when that was decided.
+    fn action(&self, operation: Operation, offset: u64, len: u64) -> Option<(Action, u64)> {
+        let mut state = self.shared.state.lock();
         let rule = state
             .rules
             .iter_mut()
             .find_map(|rule| rule.strike(operation, offset, len).then_some(rule.action))?;
         state.struck += 1;
-        Some(rule)
+        Some((rule, state.clearings))
     }
 
     fn transfer(&self, operation: Operation, batch: Vec<Transfer>) {
@@ -165,21 +193,23 @@ impl FaultyObject {
             };
             match self.action(operation, offset, len) {
                 None => untouched.push(transfer),
-                Some(Action::Fail(errno)) => (transfer.done)(Progress::stopped(0, failed(errno))),
-                Some(Action::FailAfter(bytes, errno)) => {
+                Some((Action::Fail(errno), _)) => {
+                    (transfer.done)(Progress::stopped(0, failed(errno)))
+                }
+                Some((Action::FailAfter(bytes, errno), _)) => {
                     let then = move |p: Progress<StoreError>| Progress {
                         stop: p.stop.or(Some(failed(errno))),
                         ..p
                     };
                     start(&self.inner, operation, vec![prefix(transfer, bytes, then)]);
                 }
-                Some(Action::Short(bytes)) => {
+                Some((Action::Short(bytes), _)) => {
                     start(&self.inner, operation, vec![prefix(transfer, bytes, |p| p)]);
                 }
-                Some(Action::Delay(time)) => {
-                    let inner = Arc::clone(&self.inner);
+                Some((Action::Delay(time), clearings)) => {
+                    let (inner, shared) = (Arc::clone(&self.inner), Arc::clone(&self.shared));
                     std::thread::spawn(move || {
-                        std::thread::sleep(time);
+                        shared.delay(time, clearings);
                         start(&inner, operation, vec![transfer]);
                     });
                 }
@@ -192,15 +222,15 @@ impl FaultyObject {
 
     fn check(&self, operation: Operation, offset: u64, len: u64) -> StoreResult<()> {
         match self.action(operation, offset, len) {
-            None | Some(Action::Short(_)) => Ok(()),
-            Some(Action::Fail(errno) | Action::FailAfter(_, errno)) => Err(StoreError {
+            None | Some((Action::Short(_), _)) => Ok(()),
+            Some((Action::Fail(errno) | Action::FailAfter(_, errno), _)) => Err(StoreError {
                 operation,
                 offset,
                 len,
                 errno,
             }),
-            Some(Action::Delay(time)) => {
-                std::thread::sleep(time);
+            Some((Action::Delay(time), clearings)) => {
+                self.shared.delay(time, clearings);
                 Ok(())
             }
         }

@@ -8,7 +8,7 @@ use pinfold_mem::{AlignedBuf, Segments};
 use super::*;
 use crate::object::{Object, Operation, Seek, StoreError, SyncScope, Transfer};
 
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 fn memory(bytes: &[u8]) -> Segments {
     let buf = Arc::new(AlignedBuf::zeroed(bytes.len()));
