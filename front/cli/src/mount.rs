@@ -107,6 +107,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     let options = MountOptions {
         threads: arguments.threads,
         allow_other: arguments.allow_other,
+        size_wait: None,
     };
     let mounted = pinfold_fuse::mount(volume.root(), &place.mountpoint, &options, move || {
         // Nobody listens once the main thread is past its loop.

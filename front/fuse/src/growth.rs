@@ -31,12 +31,12 @@ use std::time::{Duration, Instant};
 use fuser::{FileAttr, INodeNo, Notifier, ReplyAttr};
 use parking_lot::{Condvar, Mutex};
 
-/// How long a question waits for the kernel to learn a size, before it is answered nevertheless.
+/// How long a question waits for the kernel to learn a size, before it is answered nevertheless, unless the mount says
+/// otherwise.
 ///
-/// Long against a call of some requests on a loaded machine; bearable for who lists a directory while one call writes
-/// gigabytes. It also ends the
-/// wait where somebody in the kernel asks while holding the inode's lock.
-const WAIT_MAX: Duration = Duration::from_secs(1);
+/// Long against a call of some requests; bearable for who lists a directory while one call writes gigabytes. It also ends
+/// the wait where somebody in the kernel asks while holding the inode's lock.
+pub(crate) const WAIT: Duration = Duration::from_secs(1);
 /// Threads that wait for inodes' locks: as many long calls at a time do not delay questions about other files.
 const SETTLERS: usize = 4;
 /// Questions that wait at once; more are answered right away.
@@ -130,14 +130,15 @@ impl Growth {
         }
     }
 
-    /// Returns what may be told to `thread` once the kernel knows it; `None` if it knows the size.
-    pub(crate) fn unsettled(&self, thread: u32) -> Option<Unsettled> {
+    /// Returns what may be told to `thread` once the kernel knows it; `None` if it knows the size, or if the last answer was
+    /// given `wait_max` ago.
+    pub(crate) fn unsettled(&self, thread: u32, wait_max: Duration) -> Option<Unsettled> {
         let mut state = self.0.lock();
         let growing = state.growing.as_ref()?;
         // A thread makes one call at a time: that it asks says that its last one has ended.
         let own = growing.by.thread == thread && thread != NO_THREAD;
         // No question waits longer, so none begins to.
-        let long_ago = growing.since.elapsed() >= WAIT_MAX;
+        let long_ago = growing.since.elapsed() >= wait_max;
         if growing.under_way == 0 && (own || long_ago) {
             state.growing = None;
             return None;
@@ -165,7 +166,8 @@ pub(crate) struct Question {
     growth: Arc<Growth>,
     seen: Unsettled,
     attr: FileAttr,
-    asked: Instant,
+    /// When it is answered in any case.
+    deadline: Instant,
     /// Taken by whoever answers.
     reply: Mutex<Option<ReplyAttr>>,
     answered: Condvar,
@@ -177,6 +179,7 @@ impl Question {
         number: INodeNo,
         (growth, seen): (Arc<Growth>, Unsettled),
         attr: FileAttr,
+        wait_max: Duration,
         reply: ReplyAttr,
     ) -> Self {
         Self {
@@ -184,7 +187,7 @@ impl Question {
             growth,
             seen,
             attr,
-            asked: Instant::now(),
+            deadline: Instant::now() + wait_max,
             reply: Mutex::new(Some(reply)),
             answered: Condvar::new(),
         }
@@ -202,11 +205,15 @@ impl Question {
         }
     }
 
-    /// Waits until it is answered, at most [`WAIT_MAX`] from when it was asked.
+    /// Waits until it is answered, or has to be.
     fn wait(&self) {
-        let deadline = self.asked + WAIT_MAX;
         let mut reply = self.reply.lock();
-        while reply.is_some() && !self.answered.wait_until(&mut reply, deadline).timed_out() {}
+        while reply.is_some()
+            && !self
+                .answered
+                .wait_until(&mut reply, self.deadline)
+                .timed_out()
+        {}
     }
 }
 
@@ -214,8 +221,11 @@ impl Question {
 ///
 /// Some threads wait for inodes' locks. Whoever holds one waits for threads that serve requests or for the one that
 /// invalidates; none of these waits for those. One more thread answers what has waited long enough.
-#[derive(Debug, Default)]
-pub(crate) struct Settler(OnceLock<Queues>);
+#[derive(Debug)]
+pub(crate) struct Settler {
+    queues: OnceLock<Queues>,
+    wait_max: Duration,
+}
 
 #[derive(Debug)]
 struct Queues {
@@ -224,6 +234,19 @@ struct Queues {
 }
 
 impl Settler {
+    /// Makes one without threads, whose questions are to wait so long at most.
+    pub(crate) fn new(wait_max: Duration) -> Self {
+        Self {
+            queues: OnceLock::new(),
+            wait_max,
+        }
+    }
+
+    /// Returns how long a question waits at most.
+    pub(crate) fn wait_max(&self) -> Duration {
+        self.wait_max
+    }
+
     /// Starts the threads; they end with this.
     pub(crate) fn start(&self, notifier: &Notifier) -> std::io::Result<()> {
         let (unsettled, questions) = sync_channel(WAITING_MAX);
@@ -239,15 +262,15 @@ impl Settler {
             .name("pinfold-overdue".into())
             .spawn(move || answer_overdue(&questions))?;
         // Started once for each session.
-        let _ = self.0.set(Queues { unsettled, waiting });
+        let _ = self.queues.set(Queues { unsettled, waiting });
         Ok(())
     }
 
-    /// Answers when the kernel knows the size, or after [`WAIT_MAX`].
+    /// Answers when the kernel knows the size, or when it has waited long enough.
     pub(crate) fn answer_settled(&self, question: Question) {
         let question = Arc::new(question);
         // The watched queue first: what is only there is answered in time, what is only in the other might never be.
-        let queued = self.0.get().is_some_and(|queues| {
+        let queued = self.queues.get().is_some_and(|queues| {
             queues.waiting.try_send(Arc::clone(&question)).is_ok()
                 && queues.unsettled.try_send(Arc::clone(&question)).is_ok()
         });
@@ -288,6 +311,8 @@ fn answer_overdue(questions: &Receiver<Arc<Question>>) {
 mod tests {
     use super::*;
 
+    /// Never over by itself.
+    const LONG: Duration = Duration::from_secs(3600);
     const ONE: Grower = Grower {
         thread: 101,
         handle: Some(7),
@@ -302,7 +327,7 @@ mod tests {
     };
 
     fn told(growth: &Growth, asker: Grower) -> Option<u64> {
-        growth.unsettled(asker.thread).map(|seen| seen.len)
+        growth.unsettled(asker.thread, LONG).map(|seen| seen.len)
     }
 
     #[test]
@@ -366,8 +391,8 @@ mod tests {
         growth.begin(ONE, 0);
         growth.end(20);
         assert_eq!(told(&growth, OTHER), Some(20));
-        std::thread::sleep(WAIT_MAX);
-        assert_eq!(told(&growth, OTHER), None);
+        assert_eq!(growth.unsettled(OTHER.thread, Duration::ZERO), None);
+        assert_eq!(told(&growth, OTHER), None, "and that holds from then on");
     }
 
     #[test]
@@ -375,14 +400,14 @@ mod tests {
         let growth = Growth::default();
         growth.begin(ONE, 0);
         growth.end(20);
-        let seen = growth.unsettled(OTHER.thread).unwrap();
+        let seen = growth.unsettled(OTHER.thread, LONG).unwrap();
         growth.begin(ONE, 20);
         growth.passed(seen);
         assert_eq!(told(&growth, OTHER), Some(20), "one is under way");
         growth.end(40);
         growth.passed(seen);
         assert_eq!(told(&growth, OTHER), Some(40), "it has ended since");
-        let seen = growth.unsettled(OTHER.thread).unwrap();
+        let seen = growth.unsettled(OTHER.thread, LONG).unwrap();
         growth.passed(seen);
         assert_eq!(told(&growth, OTHER), None);
         growth.begin(ONE, 40);

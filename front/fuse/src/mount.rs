@@ -17,7 +17,7 @@ use pinfold::Node;
 use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use crate::growth::Settler;
+use crate::growth::{self, Settler};
 use crate::invalidator::Invalidator;
 use crate::reply::Device;
 use crate::server::Server;
@@ -44,6 +44,9 @@ pub struct MountOptions {
     /// Whether users other than this process's may use it. `None`: yes for root, who else could not serve them as they
     /// are; no for others.
     pub allow_other: Option<bool>,
+    /// How long a question for the size of a file waits for the call that makes it grow; then it is answered with a size that
+    /// cannot be read up to until that call ends. Default: a second.
+    pub size_wait: Option<Duration>,
 }
 
 /// Why a volume could not be mounted.
@@ -114,7 +117,7 @@ pub fn mount(
     let privileged = rustix::process::geteuid().is_root();
     let device = Arc::new(Device::default());
     let invalidator = Arc::new(Invalidator::default());
-    let settler = Arc::new(Settler::default());
+    let settler = Arc::new(Settler::new(options.size_wait.unwrap_or(growth::WAIT)));
     let server = Server::new(
         root,
         Arc::clone(&device),

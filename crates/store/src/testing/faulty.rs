@@ -282,7 +282,7 @@ impl Object for FaultyObject {
         let always = |rule: &Rule| {
             matches!(rule.action, Action::Fail(_)) && rule.skip == 0 && rule.times == u64::MAX
         };
-        if !self.state.lock().rules.iter().all(always) {
+        if !self.shared.state.lock().rules.iter().all(always) {
             return None;
         }
         let len = segments.bytes() as u64;

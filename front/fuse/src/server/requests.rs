@@ -78,10 +78,11 @@ impl Filesystem for Server {
         // In this order: what begins to grow after the attributes were read is not in them.
         if handle.is_none()
             && let Some(growth) = self.inodes.growth(number.0)
-            && let Some(seen) = growth.unsettled(request.pid())
+            && let Some(seen) = growth.unsettled(request.pid(), self.settler.wait_max())
         {
             attr.size = attr.size.min(seen.len);
-            let question = Question::new(number, (growth, seen), attr, reply);
+            let question =
+                Question::new(number, (growth, seen), attr, self.settler.wait_max(), reply);
             return self.settler.answer_settled(question);
         }
         reply.attr(&VALID, &attr);

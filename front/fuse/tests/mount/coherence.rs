@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::support::{installed, mounted, mounted_with, python};
+use crate::support::{installed, mounted, mounted_as, mounted_with, python};
 
 #[test]
 fn shared_mappings_agree_with_reads_and_writes() {
@@ -301,7 +301,12 @@ fn kernel_can_be_waited_for() -> bool {
 /// Section J's T14 through the kernel: a size that was told can be read up to, and is no less than what was finished
 /// before it was asked for, while another thread grows the file by `piece` at a time, filling it with `byte`.
 fn told_sizes_hold(piece: u64, byte: u8, flags: i32, mut grow: impl FnMut(&fs::File, u64) + Send) {
-    let fixture = mounted_with(|builder| builder.memory(64 << 20));
+    let options = pinfold_fuse::MountOptions {
+        // On a busy machine a call of some requests may take longer than the second that is usually waited for it.
+        size_wait: Some(Duration::from_secs(60)),
+        ..Default::default()
+    };
+    let fixture = mounted_as(&options, |builder| builder.memory(64 << 20));
     let Some(fixture) = fixture.filter(|_| kernel_can_be_waited_for()) else {
         return;
     };

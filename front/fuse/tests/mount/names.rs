@@ -208,7 +208,7 @@ fn nothing_stays_mounted_when_serving_has_failed() {
     let volume = builder.open_dir(&data).unwrap();
     let options = pinfold_fuse::MountOptions {
         threads: std::num::NonZeroUsize::new(1),
-        allow_other: None,
+        ..Default::default()
     };
     let mounted = match pinfold_fuse::mount(volume.root(), &mnt, &options, || {}) {
         Ok(mounted) => mounted,

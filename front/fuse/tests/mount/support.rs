@@ -36,6 +36,14 @@ pub fn mounted() -> Option<Fixture> {
 
 /// Mounts a volume with settings of the test's own.
 pub fn mounted_with(configure: impl FnOnce(VolumeBuilder) -> VolumeBuilder) -> Option<Fixture> {
+    mounted_as(&MountOptions::default(), configure)
+}
+
+/// Mounts a volume with settings of the test's own, in a way of its own.
+pub fn mounted_as(
+    options: &MountOptions,
+    configure: impl FnOnce(VolumeBuilder) -> VolumeBuilder,
+) -> Option<Fixture> {
     let base = tempfile::tempdir().unwrap();
     // Others have to get through to the mount in tests about them.
     std::fs::set_permissions(base.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
@@ -47,8 +55,7 @@ pub fn mounted_with(configure: impl FnOnce(VolumeBuilder) -> VolumeBuilder) -> O
     let (data, mnt, plain) = (at("data"), at("mnt"), at("plain"));
     let builder = Volume::builder().memory(16 << 20).file_size_limit(false);
     let volume = configure(builder).open_dir(&data).unwrap();
-    let options = MountOptions::default();
-    let mounted = match pinfold_fuse::mount(volume.root(), &mnt, &options, || {}) {
+    let mounted = match pinfold_fuse::mount(volume.root(), &mnt, options, || {}) {
         Ok(mounted) => mounted,
         Err(error) => {
             println!("skipped: {error}");
