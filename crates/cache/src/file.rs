@@ -1,4 +1,14 @@
 //! The pages of one file.
+//!
+//! *Owns*: finding and locking a page, the begin of a write, what is known to be dirty.
+//!
+//! *Does not own*: bringing pages from the store (`fill.rs`), what is done to whole ranges (`range.rs`), user mappings
+//! (`map.rs`), write-back (`writeback.rs`).
+//!
+//! *Locking*: a folio's lock is its page's; `dirty` is a leaf.
+
+mod fill;
+mod range;
 
 use std::fmt;
 use std::ops::Range;
@@ -6,37 +16,30 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
+use pinfold_base::PAGE_SIZE;
 use pinfold_base::roomy::{self, Roomy};
 use pinfold_base::sync::{Mutex, MutexGuard};
-use pinfold_base::{PAGE_SIZE, Progress};
-use pinfold_mem::{Frame, Homes, Segments, Window, clock};
-use pinfold_store::{Object, StoreError, Transfer};
-use smallvec::SmallVec;
+use pinfold_mem::{Frame, Homes, Window, clock};
+use pinfold_store::Object;
 
 use crate::CacheError;
 use crate::cache::Cache;
 use crate::dirty::{Note, PageSets};
 use crate::errseq::ErrSeq;
-use crate::folio::{Folio, Going};
-use crate::gate::{AddGuard, Gate};
+use crate::folio::Folio;
+use crate::gate::Gate;
 use crate::index::Key;
 use crate::lease::PageRef;
 use crate::map::ReverseMap;
 use crate::pin::KeptPins;
 use crate::readahead::ReadAhead;
-use crate::state::{DIRTY, HOME_ARENA, LOCKED, RefOutcome, UPTODATE};
+use crate::state::{DIRTY, HOME_ARENA, LOCKED, RefOutcome};
 
 const PAGE: usize = PAGE_SIZE as usize;
-/// Pages in one read transfer at most: 512 KiB keeps several in flight within a window.
-const TRANSFER_PAGES_MAX: u64 = 128;
-/// Pages a reader waits for in one transfer at most.
-const SYNC_PAGES_MAX: u64 = 128;
 /// The largest read-ahead window, in pages.
 const WINDOW_PAGES_MAX: u64 = 1024;
 /// Groups of pages that room is kept for when a file has become clean: those of a gigabyte of neighbouring pages.
 const SPARE_MAX: usize = 4096;
-/// Ranges up to this many pages are probed page by page rather than by a walk over all frames.
-const PROBE_PAGES_MIN: u64 = 1024;
 
 /// The next file's number.
 static NEXT_FILE: AtomicU64 = AtomicU64::new(1);
@@ -385,205 +388,6 @@ impl FilePages {
         }
     }
 
-    /// Reads a missing page, its request's followers and what is worth reading ahead; `None` when somebody else
-    /// brought the page meanwhile.
-    fn fill(
-        self: &Arc<Self>,
-        page: u64,
-        want: &Want<'_>,
-    ) -> Result<Option<PageRef<'_>>, CacheError> {
-        let limit = SYNC_PAGES_MAX.min(self.window_max().max(1));
-        let pages = want.pages.clamp(1, limit);
-        let gate = self.add()?;
-        let Some(folios) = self.insert_run(page, pages)? else {
-            return Ok(None);
-        };
-        self.cache.counters.misses.bump();
-        // What comes next is started before this thread waits, so that both are in flight together.
-        if let Some(ahead) = want.ahead {
-            let range = ahead.miss(page, pages.min(folios.len() as u64), self.window_max());
-            self.start_ahead(range, &gate);
-        }
-        drop(gate);
-        let segments = self.segments_of(page, folios.iter().map(Folio::frame));
-        let outcome = self.object.read_wait(page * PAGE_SIZE, &segments);
-        self.cache.counters.pages_read.add(folios.len() as u64);
-        self.end_fill(folios, outcome).map(Some)
-    }
-
-    /// Reads a missing page as [`FilePages::read`] does, without allocating, and waiting for the store alone; returns it
-    /// locked. `None` where that cannot be: somebody else brings it, pages are worth reading ahead, the store failed.
-    pub(crate) fn fill_here(
-        &self,
-        page: u64,
-        ahead: Option<&ReadAhead>,
-        held: Option<&AddGuard<'_>>,
-    ) -> Option<Folio<'_>> {
-        if ahead.is_some_and(|ahead| ahead.follows(page)) {
-            return None;
-        }
-        let gate = match held {
-            None => Some(self.gate.try_add()?),
-            Some(_) => None,
-        };
-        let frame = self.cache.try_take_frames(1).pop()?;
-        let folio = self.insert(page, frame)?;
-        drop(gate);
-        let segments = self.segments_of(page, std::iter::once(folio.frame()));
-        let outcome = self.object.read_here(page * PAGE_SIZE, &segments)?;
-        self.cache.counters.misses.bump();
-        self.cache.counters.pages_read.bump();
-        if let Some(ahead) = ahead {
-            // Nothing is worth it: this page follows no other.
-            ahead.miss(page, 1, self.window_max());
-        }
-        self.settle_fill(&folio, 0, &outcome).then_some(folio)
-    }
-
-    /// Counts a use of a cached page by a fault.
-    pub(crate) fn note_fault_hit(&self, folio: &Folio<'_>) {
-        self.cache.counters.hits.bump();
-        self.cache.policy.touch(folio.frame());
-    }
-
-    /// Unlocks pages a transfer filled; returns the first.
-    fn end_fill(
-        &self,
-        folios: SmallVec<[Folio<'_>; 1]>,
-        outcome: Progress<StoreError>,
-    ) -> Result<PageRef<'_>, CacheError> {
-        let mut first = None;
-        for (i, folio) in folios.into_iter().enumerate() {
-            if !self.settle_fill(&folio, i, &outcome) {
-                // Dropped without contents: it leaves the cache.
-                continue;
-            }
-            if i == 0 {
-                let (page, frame) = (folio.page(), folio.frame());
-                first = Some(PageRef::take_locked(self, page, frame));
-            }
-        }
-        match (first, outcome.stop) {
-            (Some(first), _) => Ok(first),
-            (None, Some(error)) => Err(CacheError::Store(error)),
-            (None, None) => Err(CacheError::NoFrames),
-        }
-    }
-
-    /// Makes the `i`-th page of a finished transfer valid if its bytes came; what the store did not have is zeros.
-    fn settle_fill(&self, folio: &Folio<'_>, i: usize, outcome: &Progress<StoreError>) -> bool {
-        let got = usize::try_from(outcome.done)
-            .unwrap_or(usize::MAX)
-            .saturating_sub(i * PAGE)
-            .min(PAGE);
-        if got < PAGE {
-            if outcome.stop.is_some() {
-                return false;
-            }
-            folio.zero_from(got);
-        }
-        folio.mark_uptodate();
-        true
-    }
-
-    /// Lists the memory of neighbouring pages.
-    pub(crate) fn segments_of(&self, start: u64, frames: impl Iterator<Item = Frame>) -> Segments {
-        let mut segments = self.homes.segments();
-        for (page, frame) in (start..).zip(frames) {
-            self.homes.push(&mut segments, frame, page, 0, PAGE);
-        }
-        segments
-    }
-
-    /// Starts reading pages that are missing in `range`; waits for nothing, gives up where frames are short.
-    pub fn read_ahead(self: &Arc<Self>, range: Range<u64>) {
-        // A blocked gate means that the range is about to change: not worth waiting for.
-        if let Some(gate) = self.gate.try_add() {
-            self.start_ahead(range, &gate);
-        }
-    }
-
-    fn start_ahead(self: &Arc<Self>, range: Range<u64>, _gate: &AddGuard<'_>) {
-        let end = range.end.min(self.end().div_ceil(PAGE_SIZE));
-        let mut batch = Vec::new();
-        let mut page = range.start;
-        while page < end {
-            let mut folios: SmallVec<[Folio<'_>; 1]> = SmallVec::new();
-            let run = (end - page).min(TRANSFER_PAGES_MAX);
-            let mut frames = self.cache.try_take_frames(run as usize).into_iter();
-            for at in page..page + run {
-                let Some(frame) = frames.next() else {
-                    break;
-                };
-                match self.insert(at, frame) {
-                    Some(folio) => folios.push(folio),
-                    None => break,
-                }
-            }
-            let short = frames.len() == 0 && (folios.len() as u64) < run;
-            for spare in frames {
-                self.cache.arena.free(spare);
-            }
-            let start = page;
-            // The page that was there already is skipped as well.
-            page += folios.len() as u64 + u64::from((folios.len() as u64) < run);
-            if !folios.is_empty() {
-                batch.push(self.transfer_ahead(start, folios));
-            }
-            if short {
-                break;
-            }
-        }
-        if !batch.is_empty() {
-            self.object.read(batch);
-        }
-    }
-
-    fn transfer_ahead(self: &Arc<Self>, start: u64, folios: SmallVec<[Folio<'_>; 1]>) -> Transfer {
-        let counters = &self.cache.counters;
-        counters.pages_read.add(folios.len() as u64);
-        counters.pages_read_ahead.add(folios.len() as u64);
-        let frames: Vec<Frame> = folios.into_iter().map(Folio::into_frame).collect();
-        let segments = self.segments_of(start, frames.iter().copied());
-        let filling = Filling {
-            file: Arc::clone(self),
-            start,
-            frames,
-        };
-        Transfer {
-            offset: start * PAGE_SIZE,
-            segments,
-            done: Box::new(move |outcome| filling.end(&outcome)),
-        }
-    }
-
-    /// Inserts up to `pages` locked pages from `page` on, up to the first that is there; `None` when `page` itself is.
-    /// Waits for the first frame only.
-    fn insert_run(
-        &self,
-        page: u64,
-        pages: u64,
-    ) -> Result<Option<SmallVec<[Folio<'_>; 1]>>, CacheError> {
-        let end = self.end().div_ceil(PAGE_SIZE).max(page + 1);
-        let pages = pages.min(end - page);
-        let mut frames = self.cache.try_take_frames(pages as usize);
-        if frames.is_empty() {
-            frames.push(self.cache.take_frame()?);
-        }
-        let mut folios = SmallVec::new();
-        let mut frames = frames.into_iter();
-        for (at, frame) in (page..).zip(&mut frames) {
-            match self.insert(at, frame) {
-                Some(folio) => folios.push(folio),
-                None => break,
-            }
-        }
-        for spare in frames {
-            self.cache.arena.free(spare);
-        }
-        Ok((!folios.is_empty()).then_some(folios))
-    }
-
     /// Puts `frame` into the cache as page `page`, locked and without contents; gives it back if the page is there.
     fn insert(&self, page: u64, frame: Frame) -> Option<Folio<'_>> {
         let key = self.key(page);
@@ -769,147 +573,6 @@ impl FilePages {
     /// Makes the flusher know this file. Called after pages became dirty, with no folio locked.
     pub fn note_dirty_file(self: &Arc<Self>) {
         self.cache.enlist_dirty(self);
-    }
-
-    /// Lists the cached pages of `range`, lowest first.
-    pub(crate) fn cached_pages(&self, range: Range<u64>) -> Vec<u64> {
-        let end = range.end.min(self.high.load(Ordering::Relaxed));
-        if range.start >= end {
-            return Vec::new();
-        }
-        if end - range.start <= PROBE_PAGES_MIN.max(self.cache.pages_max() as u64 / 8) {
-            return (range.start..end)
-                .filter(|&page| self.is_listed(self.key(page)))
-                .collect();
-        }
-        // A page that moves meanwhile moves to a header that is still to be looked at.
-        let mut pages: Vec<u64> = self
-            .cache
-            .headers()
-            .filter(|header| header.state.load() != 0)
-            .map(super::cache::Header::key)
-            .filter(|key| key.file == self.id && (range.start..end).contains(&key.page))
-            .map(|key| key.page)
-            .collect();
-        pages.sort_unstable();
-        pages.dedup();
-        pages
-    }
-
-    /// Drops every page of `range`, dirty or not, once nobody uses it. The caller keeps pages from coming back.
-    pub fn discard(&self, range: Range<u64>) {
-        let mut going = Going::new(self);
-        for page in self.cached_pages(range) {
-            if let Some(folio) = self.lock(page) {
-                going.push(folio);
-            }
-        }
-    }
-
-    /// Cuts the file to `end` bytes: the size first, so that no reader goes past it, then the pages. The caller blocks the
-    /// gate.
-    ///
-    /// Waits for transfers under way of every page concerned, the one that holds the end included: one that ends
-    /// after the store was cut would make the stored file longer again, with bytes that a later growth would show.
-    ///
-    /// Private copies of the pages go as well, as in Linux: last, since a copy may be made of a page as long as that is there.
-    pub fn truncate(&self, end: u64) {
-        self.set_end(end);
-        let at = (end % PAGE_SIZE) as usize;
-        if at != 0
-            && let Some(folio) = self.lock(end / PAGE_SIZE)
-        {
-            folio.wait_writeback();
-            folio.protect();
-            folio.zero_from(at);
-        }
-        let beyond = end.div_ceil(PAGE_SIZE)..u64::MAX;
-        self.discard(beyond.clone());
-        if let Some(reverse) = self.reverse.get() {
-            reverse.cut(beyond);
-        }
-    }
-
-    /// Drops the clean pages of `range`, once their transfers have ended; returns false if any was dirty and stayed, or is
-    /// pinned by the program itself for as long as that likes.
-    pub fn invalidate(&self, range: Range<u64>) -> bool {
-        let mut all = true;
-        let mut going = Going::new(self);
-        for page in self.cached_pages(range) {
-            if let Some(folio) = self.lock(page) {
-                folio.wait_writeback();
-                if folio.is_dirty() || folio.is_kept() || self.was_stored_to(&folio) {
-                    all = false;
-                } else {
-                    going.push(folio);
-                }
-            }
-        }
-        all
-    }
-
-    /// Zeroes bytes `from .. to` of a page if it is cached, making it dirty; false when it is not cached.
-    pub fn zero_cached(self: &Arc<Self>, page: u64, from: usize, to: usize) -> bool {
-        let Some(folio) = self.lock(page) else {
-            return false;
-        };
-        folio.zero(from, to - from);
-        folio.commit();
-        self.note_dirty_file();
-        true
-    }
-
-    /// Zeroes what a cached page holds past the file's end without making it dirty (INV7). Stores through mappings that
-    /// come later wait for the lock: they are the new size's.
-    pub fn zero_past_end(&self, end: u64) {
-        let at = (end % PAGE_SIZE) as usize;
-        if at != 0
-            && let Some(folio) = self.lock(end / PAGE_SIZE)
-        {
-            folio.protect();
-            folio.zero_from(at);
-        }
-    }
-
-    /// Returns how many pages of `range` are cached and valid.
-    #[must_use]
-    pub fn resident(&self, range: Range<u64>) -> usize {
-        self.cached_pages(range)
-            .into_iter()
-            .filter(|&page| {
-                let key = self.key(page);
-                self.cache.index.candidates(key.hash()).any(|frame| {
-                    let header = self.cache.header(frame);
-                    header.is(key) && header.state.load() & UPTODATE != 0
-                })
-            })
-            .count()
-    }
-}
-
-/// Locked pages on their way from the store, whose thread has gone on. Dropped before the transfer has told its end, as by a
-/// store that panics, they leave the cache, and nobody waits for them for ever.
-struct Filling {
-    file: Arc<FilePages>,
-    start: u64,
-    frames: Vec<Frame>,
-}
-
-impl Filling {
-    fn end(mut self, outcome: &Progress<StoreError>) {
-        for (i, frame) in std::mem::take(&mut self.frames).into_iter().enumerate() {
-            let folio = Folio::adopt(&self.file, self.start + i as u64, frame);
-            // An error of a page nobody asked for is nobody's: who asks reads it himself.
-            self.file.settle_fill(&folio, i, outcome);
-        }
-    }
-}
-
-impl Drop for Filling {
-    fn drop(&mut self) {
-        for (page, &frame) in (self.start..).zip(&self.frames) {
-            drop(Folio::adopt(&self.file, page, frame));
-        }
     }
 }
 

@@ -4,13 +4,15 @@
 //! (INV2), protected before clean.
 //!
 //! *Does not own*: mappings, their descriptors, who waits for a fault ([`MapTarget`] and [`ReverseMap`], which
-//! `pinfold-fault` implements); the move between a page's two homes (`home.rs`).
+//! `pinfold-fault` implements); the move between a page's two homes (`home.rs`); which neighbours are mapped with a page
+//! (`map/around.rs`).
 //!
 //! *Locking*: entered with nothing held, or from a signal handler with nothing held ([`FilePages::try_map`], which waits
 //! for nobody and allocates nothing). A store takes the gate's ADD before the folio; nothing but the store's read is waited
 //! for under it. Page tables are changed under the folio's lock; ioctls are leaves.
 
-use std::cell::Cell;
+mod around;
+
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -29,6 +31,7 @@ use crate::lease::PageRef;
 use crate::readahead::ReadAhead;
 use crate::slots::Slot;
 use crate::state::{DIRTY, LOCKED, UMAP_ASYNC, UMAP_RO, UMAP_RW};
+use around::Reach;
 
 /// Pages installed in one run at most, and around a fault on either side of it.
 pub const AROUND_MAX: usize = 64;
@@ -126,35 +129,6 @@ enum Tried {
     Stuck,
     /// The kernel did not fill the page in for us: fill it by the library's own address.
     ByHand,
-}
-
-/// How far a fault reached beyond its page, and how much further it may.
-struct Reach {
-    low: Cell<u64>,
-    high: Cell<u64>,
-    /// Neighbours that may still move.
-    moves: Cell<usize>,
-}
-
-impl Reach {
-    fn new(page: u64, moves: usize) -> Self {
-        Self {
-            low: Cell::new(page),
-            high: Cell::new(page),
-            moves: Cell::new(moves),
-        }
-    }
-
-    fn note(&self, pages: &Range<u64>) {
-        self.low.set(self.low.get().min(pages.start));
-        self.high.set(self.high.get().max(pages.end - 1));
-    }
-
-    fn take_move(&self) -> bool {
-        let left = self.moves.get();
-        self.moves.set(left.saturating_sub(1));
-        left > 0
-    }
 }
 
 /// Who serves a fault, and what it may do.
@@ -311,7 +285,7 @@ impl FilePages {
                         self.note_dirty_file();
                     }
                     if let Some(ahead) = ahead {
-                        ahead.reached(reach.low.get(), reach.high.get());
+                        ahead.reached(reach.low(), reach.high());
                     }
                     return Ok(outcome);
                 }
@@ -392,7 +366,7 @@ impl FilePages {
         match self.install(folio, &mut slot, &here.around, service) {
             Ok(Tried::Done(outcome)) => {
                 if let Some(ahead) = here.ahead {
-                    ahead.reached(reach.low.get(), reach.high.get());
+                    ahead.reached(reach.low(), reach.high());
                 }
                 Some(outcome)
             }
@@ -620,34 +594,6 @@ impl FilePages {
         }
     }
 
-    /// Locks a page that can join a run of pages on their way to the window.
-    fn neighbour_to_move(
-        &self,
-        page: u64,
-        last: Option<pinfold_mem::Frame>,
-        around: &Range<u64>,
-        service: Service<'_>,
-    ) -> Option<Moving<'_>> {
-        if !self.may_join(page, around, service) || !service.reach.take_move() {
-            return None;
-        }
-        let Attempt::Locked(folio) = self.try_lock(page) else {
-            return None;
-        };
-        let adjacent = last.is_none_or(|last| last.0 + 1 == folio.frame().0);
-        if page >= self.pages_end() || !folio.is_uptodate() || folio.in_window() || !adjacent {
-            return None;
-        }
-        // Nothing is evicted for a page that nobody has asked for.
-        let slot = self.cache().spare_slot()?;
-        let moving = Moving::begin(folio, slot).ok()?;
-        self.track(page, service).then_some(moving)
-    }
-
-    fn may_join(&self, page: u64, around: &Range<u64>, service: Service<'_>) -> bool {
-        around.contains(&page) && service.target.covers().contains(&page) && page < self.pages_end()
-    }
-
     /// Installs a locked page of the window, and its neighbours.
     fn install_here(
         &self,
@@ -706,105 +652,6 @@ impl FilePages {
             self.note_dirty_file();
         }
         Ok(())
-    }
-
-    /// Installs cached pages of a range for reading, as long as nobody has to be waited for.
-    fn install_around(&self, pages: Range<u64>, service: Service<'_>) {
-        let covers = service.target.covers();
-        let start = pages.start.max(covers.start);
-        let end = pages.end.min(covers.end).min(self.pages_end());
-        let end = end.min(start.saturating_add(AROUND_MAX as u64));
-        // What is stored to is seldom read beside; and a neighbour that is mapped for reading only would fault once more.
-        if service.access == Access::Write {
-            return;
-        }
-        let mut page = start;
-        while page < end {
-            if !self.is_near(page) {
-                page += 1;
-                continue;
-            }
-            let left = page..end;
-            let mut run: SmallVec<[Folio<'_>; AROUND_MAX]> = SmallVec::new();
-            while run.len() < (end - page) as usize {
-                let Some(folio) = self.neighbour_here(page + run.len() as u64, service) else {
-                    break;
-                };
-                run.push(folio);
-            }
-            if let Some(last) = run.last() {
-                let pages = page..last.page() + 1;
-                page = pages.end;
-                self.install_run(&run, pages, service);
-                continue;
-            }
-            let moved = if service.target.shared() {
-                self.move_around(&left, service)
-            } else {
-                0
-            };
-            // One that could neither be mapped nor moved is passed over.
-            page += moved.max(1);
-        }
-    }
-
-    /// Tells at a glance whether a page is cached; one that moves just then may be overlooked.
-    fn is_near(&self, page: u64) -> bool {
-        let key = self.key(page);
-        let mut frames = self.cache().index.candidates(key.hash());
-        frames.any(|frame| self.cache().header(frame).is(key))
-    }
-
-    /// Maps neighbouring pages of the window.
-    fn install_run(&self, run: &[Folio<'_>], pages: Range<u64>, service: Service<'_>) {
-        if service.target.shared() {
-            for folio in run {
-                note_mapped(folio, false, service);
-            }
-        }
-        // A page that is mapped already ends it: those beside it mostly are as well, and each would cost a system call.
-        let start = pages.start;
-        let installed = service.target.resume(pages, service.target.shared());
-        if installed.pages > 0 {
-            service.reach.note(&(start..start + installed.pages as u64));
-        }
-    }
-
-    /// Locks a page of the window that may be installed.
-    fn neighbour_here(&self, page: u64, service: Service<'_>) -> Option<Folio<'_>> {
-        match self.try_lock(page) {
-            Attempt::Locked(folio) => {
-                let fit = folio.is_uptodate() && folio.in_window() && page < self.pages_end();
-                (fit && self.track(page, service)).then_some(folio)
-            }
-            Attempt::Busy(_) | Attempt::Gone => None,
-        }
-    }
-
-    /// Moves and installs neighbours from the first of `pages` on; returns how many.
-    fn move_around(&self, pages: &Range<u64>, service: Service<'_>) -> u64 {
-        let mut run: SmallVec<[Moving<'_>; AROUND_MAX]> = SmallVec::new();
-        while run.len() < AROUND_MAX {
-            let page = pages.start + run.len() as u64;
-            let last = run.last().map(Moving::frame);
-            match self.neighbour_to_move(page, last, pages, service) {
-                Some(next) => run.push(next),
-                None => break,
-            }
-        }
-        let Some(first) = run.first() else {
-            return 0;
-        };
-        let span = self.homes().frames_span(first.frame(), run.len());
-        let installed = service.target.copy(pages.start, span, true).pages;
-        for moving in run.into_iter().take(installed) {
-            note_mapped(&moving.finish(), false, service);
-        }
-        if installed > 0 {
-            let end = pages.start + installed as u64;
-            service.reach.note(&(pages.start..end));
-        }
-        installed as u64
     }
 
     /// Tells for each page of `range` whether it is cached and valid; waits for those that move or are being read.
