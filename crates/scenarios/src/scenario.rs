@@ -157,6 +157,9 @@ impl Outcome {
 /// Most failed checks kept by name; more of one name are only counted.
 const FAILURES_MAX: usize = 32;
 
+/// How long a race goes on for those who have not come yet.
+const LATE_MAX: Duration = Duration::from_secs(10);
+
 /// What a running scenario is given.
 #[derive(Debug)]
 pub struct Context<'a> {
@@ -249,6 +252,19 @@ impl<'a> Context<'a> {
         self.varies.store(true, Ordering::Relaxed);
         self.beat();
         round < rounds.start || (round < rounds.end && self.started.elapsed() < self.race)
+    }
+
+    /// As [`Context::goes_on`], and further within `rounds`, for some time, until `enough` has happened beside the race: on
+    /// a busy machine others may come late.
+    #[must_use]
+    pub fn goes_on_until(
+        &self,
+        round: u64,
+        rounds: Range<u64>,
+        enough: impl FnOnce() -> bool,
+    ) -> bool {
+        let late = round < rounds.end && self.started.elapsed() < self.allows(LATE_MAX);
+        self.goes_on(round, rounds) || (late && !enough())
     }
 
     /// Records whether a check held; returns that. The text is made only when it did not.

@@ -91,14 +91,15 @@ fn joined<T>(result: std::thread::Result<Result<T, Stop>>) -> Result<T, Stop> {
 /// What a thread beside the leading one does again and again; it is told how often it was called before.
 type Turn<'a> = &'a (dyn Fn(u64) -> Result<(), Stop> + Sync);
 
-/// Runs `lead` while a thread each repeats the `others`, at least once.
+/// Runs `lead` while a thread each repeats the `others`, and once more when it has ended: what it left is seen by all of them,
+/// whenever they got a processor before.
 ///
 /// An error of any of them is the result; the others end with `lead`, however that ends.
 fn beside<T>(others: &[Turn<'_>], lead: impl FnOnce() -> Result<T, Stop>) -> Result<T, Stop> {
     struct Ends<'a>(&'a AtomicBool);
     impl Drop for Ends<'_> {
         fn drop(&mut self) {
-            self.0.store(true, Ordering::Relaxed);
+            self.0.store(true, Ordering::Release);
         }
     }
     let over = AtomicBool::new(false);
@@ -109,8 +110,9 @@ fn beside<T>(others: &[Turn<'_>], lead: impl FnOnce() -> Result<T, Stop>) -> Res
                 let over = &over;
                 scope.spawn(move || {
                     for number in 0.. {
+                        let last = over.load(Ordering::Acquire);
                         turn(number)?;
-                        if over.load(Ordering::Relaxed) {
+                        if last {
                             break;
                         }
                     }

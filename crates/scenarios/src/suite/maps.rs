@@ -347,7 +347,8 @@ fn trunc_vs_fault(cx: &Context<'_>) -> Result<(), Stop> {
     let rounds = beside(&[&load, &load, &store, &store], || {
         let mut rng = cx.rng(0);
         let mut round = 0;
-        while cx.goes_on(round, 200..20_000) {
+        let both = || served.load(Ordering::Relaxed) > 0 && refused.load(Ordering::Relaxed) > 0;
+        while cx.goes_on_until(round, 200..20_000, both) {
             let small = match round % 3 {
                 0 => rng.random_range(0..CUT_PAGES) * P,
                 _ => rng.random_range(0..full),

@@ -91,7 +91,7 @@ fn short_copy_hidden(cx: &Context<'_>) -> Result<(), Stop> {
                 scope.spawn(move || watch(cx, number, file, stage, over, seen))
             })
             .collect();
-        let rounds = write_short(cx, &*file, &source, &stage);
+        let rounds = write_short(cx, &*file, &source, &stage, &seen);
         over.store(true, Ordering::Relaxed);
         for watcher in watchers {
             joined(watcher.join())?;
@@ -104,16 +104,17 @@ fn short_copy_hidden(cx: &Context<'_>) -> Result<(), Stop> {
     Ok(())
 }
 
-/// Makes the short writes. `stage` holds the one that is going on while readers may look.
+/// Makes the short writes. `stage` holds the one that is going on while readers may look; `seen` counts when they did.
 fn write_short(
     cx: &Context<'_>,
     file: &dyn Handle,
     source: &Region,
     stage: &RwLock<Option<ShortWrite>>,
+    seen: &AtomicU64,
 ) -> Result<u64, Stop> {
     let mut rng = cx.rng(0);
     let mut round = 0;
-    while cx.goes_on(round, ROUNDS) {
+    while cx.goes_on_until(round, ROUNDS, || seen.load(Ordering::Relaxed) > 0) {
         let write = short_write(round, &mut rng);
         if write.size < OLD {
             // Storage keeps a full page of old bytes behind the end: zeros there are the file system's doing.
@@ -254,7 +255,7 @@ fn size_after_data(cx: &Context<'_>) -> Result<(), Stop> {
                 scope.spawn(move || read_tail(cx, number, file, over, seen))
             })
             .collect();
-        let size = append(cx);
+        let size = append(cx, &seen);
         over.store(true, Ordering::Relaxed);
         for reader in readers {
             joined(reader.join())?;
@@ -272,13 +273,13 @@ fn size_after_data(cx: &Context<'_>) -> Result<(), Stop> {
     Ok(())
 }
 
-fn append(cx: &Context<'_>) -> Result<u64, Stop> {
+fn append(cx: &Context<'_>, seen: &AtomicU64) -> Result<u64, Stop> {
     let appender = cx.fs().open("file", Open::EXISTING.appending())?;
     let source = Region::pages(APPEND_MAX.div_ceil(PAGE))?;
     source.fill(0..source.len(), b'x')?;
     let mut rng = cx.rng(0);
     let (mut size, mut round) = (0, 0);
-    while cx.goes_on(round, APPENDS) {
+    while cx.goes_on_until(round, APPENDS, || seen.load(Ordering::Relaxed) > 0) {
         let len = rng.random_range(1..APPEND_MAX);
         // The offset is ignored: the file is open for appending.
         let wrote = appender.write(&source.iov(0..len), At::Position, How::PLAIN);
