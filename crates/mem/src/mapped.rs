@@ -6,7 +6,7 @@
 //! *Does not own*: the mappings, their pages, the answer to a fault.
 //!
 //! *Locking*: changing the table takes a mutex that no look-up takes, and costs the same however many mappings there are, nearly
-//! ([`table`]). Look-ups take nothing and allocate nothing, so that
+//! (`table`). Look-ups take nothing and allocate nothing, so that
 //! a signal handler may make them, on top of another look-up of the same thread.
 //!
 //! ```text
