@@ -435,6 +435,10 @@ impl Faults {
             channel.delivery() == delivery && channel.uffd().wp_async() == tracked
         };
         if let Some(channel) = channels.open.iter().find(of_kind) {
+            if !channel.uffd().is_open() {
+                // Its number may be another file's by now.
+                return Err(SetupError::Uffd(UffdError::Closed));
+            }
             return Ok(Arc::clone(channel));
         }
         if let (true, Some(error)) = (tracked, channels.untracked) {

@@ -85,6 +85,8 @@ pub enum UffdError {
         /// What the last way said.
         errno: Errno,
     },
+    /// The program has closed the library's descriptors.
+    Closed,
     /// The kernel is too old.
     Missing {
         /// The features it lacks, as in `struct uffdio_api`.
@@ -106,6 +108,7 @@ impl UffdError {
         match self {
             Self::Refused { errno } | Self::System { errno, .. } => *errno,
             Self::Missing { .. } => Errno::EOPNOTSUPP,
+            Self::Closed => Errno::EBADF,
         }
     }
 }
@@ -120,6 +123,7 @@ impl fmt::Display for UffdError {
                     "the kernel's userfaultfd lacks the features {features:#x}"
                 )
             }
+            Self::Closed => write!(f, "the program has closed descriptors of the library"),
             Self::System { call, errno } => write!(f, "{call}: {errno}"),
         }
     }

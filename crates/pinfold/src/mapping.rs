@@ -287,6 +287,12 @@ impl Mapping {
         self.placed.map().as_ptr()
     }
 
+    /// Returns the file, as the mapping has it open: for reading, and for writing if the mapping is for that.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Returns the length in bytes, as it was asked for.
     #[must_use]
     pub fn len(&self) -> usize {

@@ -4,6 +4,10 @@
  *
  *     cc volumes.c -lpinfold && ./a.out DIR1 DIR2
  */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* mremap's flags */
+#endif
+
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -148,6 +152,8 @@ static void mappings(struct pf_volume *volume)
     CHECK(pipe(ends) == 0 && write(ends[1], map + 4000, 5000) == 5000);
     CHECK(read(ends[0], map + 4000, 5000) == 5000 && memcmp(map + 4096, "abc", 3) == 0);
     FAILS(pf_munmap(map + 10 * 4096, 4096), EBUSY);
+    CHECK(pf_mremap(map, 30 * 4096, 40 * 4096, MREMAP_MAYMOVE) == MAP_FAILED && errno == EBUSY);
+    CHECK(pf_mremap(map, 4096, 8192, MREMAP_MAYMOVE) == MAP_FAILED && errno == ENOTSUP);
     FAILS(pf_unpin(map + 4000, 4999), EINVAL);
     CHECK(pf_pin(map + 4000, 5000, 0) == 0 && pf_unpin(map + 4000, 5000) == 0);
     CHECK(pf_unpin(map + 4000, 5000) == 0);

@@ -219,6 +219,15 @@ int pf_is_mapped(const void *addr, size_t length);
 int pf_munmap(void *addr,
               size_t length);
 
+// Makes a mapping longer or shorter, as mremap(2); MREMAP_MAYMOVE. A whole mapping, or what munmap left of its beginning,
+// may become longer; any part of one may become shorter. Private copies move along; what pointed to the old addresses does not.
+// EBUSY while it is pinned; MREMAP_FIXED, MREMAP_DONTUNMAP, a length of 0 before and a part that would become longer are
+// ENOTSUP. Returns MAP_FAILED on failure, with nothing changed.
+void *pf_mremap(void *old_address,
+                size_t old_size,
+                size_t new_size,
+                int flags);
+
 // Makes stores to a range durable (MS_SYNC) or nothing at once (MS_ASYNC), as msync(2).
 int pf_msync(void *addr, size_t length, int flags);
 

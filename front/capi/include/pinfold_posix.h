@@ -654,10 +654,8 @@ PF_POSIX void *pf_posix_mremap(void *addr, size_t old_length, size_t new_length,
     va_start(arguments, flags);
     void *wanted = (flags & MREMAP_FIXED) ? va_arg(arguments, void *) : NULL;
     va_end(arguments);
-    if (pf_is_mapped(addr, old_length)) {
-        errno = ENOTSUP;
-        return MAP_FAILED;
-    }
+    if (pf_is_mapped(addr, old_length))
+        return pf_mremap(addr, old_length, new_length, flags);
     return mremap(addr, old_length, new_length, flags, wanted);
 }
 

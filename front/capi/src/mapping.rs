@@ -1,4 +1,4 @@
-//! Mappings: which addresses show which file, and munmap's right to take any part of them.
+//! Mappings: which addresses show which file, munmap's right to take any part of them, mremap's to move them.
 //!
 //! *Owns*: the table of mapped address ranges, and what is pinned in them.
 //!
@@ -32,10 +32,6 @@ struct Mapped {
     pins: Mutex<Vec<Pin>>,
     mapping: RwLock<Mapping>,
     access: MapAccess,
-    /// Where it begins.
-    base: usize,
-    /// Its length in bytes, as it was asked for.
-    len: usize,
     /// Keeps the volume open.
     _served: Arc<Served>,
 }
@@ -56,12 +52,19 @@ struct Part {
 /// By first address.
 static PARTS: RwLock<BTreeMap<usize, Part>> = RwLock::new(BTreeMap::new());
 
-impl Mapped {
-    /// Translates addresses to a range of the mapping, without the rest of its last page.
-    fn inside(&self, range: &Range<usize>) -> Range<usize> {
-        let at = |addr: usize| (addr - self.base).min(self.len);
-        at(range.start)..at(range.end)
-    }
+/// Returns the addresses of a mapping, in whole pages.
+fn addresses(mapping: &Mapping) -> Range<usize> {
+    let base = mapping.as_ptr().expose_provenance();
+    base..base + mapping.len().next_multiple_of(PAGE)
+}
+
+/// Translates addresses to a range of the mapping, without the rest of its last page; `None` where it is not any more: it has
+/// moved since they were looked up.
+fn inside(mapping: &Mapping, range: &Range<usize>) -> Option<Range<usize>> {
+    let all = addresses(mapping);
+    let at = |addr: usize| (addr - all.start).min(mapping.len());
+    let whole = all.start <= range.start && range.end <= all.end;
+    whole.then(|| at(range.start)..at(range.end))
 }
 
 /// Some addresses, and the mapping they lie in.
@@ -140,8 +143,6 @@ pub extern "C" fn pf_mmap(
         let base = mapping.as_ptr().expose_provenance();
         let mapped = Arc::new(Mapped {
             pins: Mutex::new(Vec::new()),
-            base,
-            len: mapping.len(),
             mapping: RwLock::new(mapping),
             access,
             _served: Arc::clone(&description.served),
@@ -235,18 +236,102 @@ fn unmap(part: &Range<usize>, mapped: &Arc<Mapped>) -> Outcome<()> {
         pins.clear();
     }
     if !take_out(part, mapped) {
-        // Somebody else unmapped it meanwhile.
+        // Somebody else unmapped it meanwhile, or moved it.
         return Ok(());
     }
-    let inside = mapped.inside(part);
-    mapping.unmap(inside).inspect_err(|_| {
-        let part_again = Part {
-            end: part.end,
-            mapped: Arc::clone(mapped),
-        };
-        PARTS.write().insert(part.start, part_again);
-    })?;
+    let all = addresses(&mapping);
+    let outcome = if all.start < part.start && part.end == all.end {
+        // What is left may become longer again.
+        mapping.remap(part.start - all.start, false)
+    } else {
+        // The table had it, so it is inside.
+        let bytes = inside(&mapping, part).unwrap_or_default();
+        mapping.unmap(bytes)
+    };
+    outcome.inspect_err(|_| put_back(part, mapped))?;
     Ok(())
+}
+
+/// Enters a range into the table.
+fn put_back(range: &Range<usize>, mapped: &Arc<Mapped>) {
+    let part = Part {
+        end: range.end,
+        mapped: Arc::clone(mapped),
+    };
+    PARTS.write().insert(range.start, part);
+}
+
+/// Makes a mapping longer or shorter, as mremap(2); MREMAP_MAYMOVE. A whole mapping, or what munmap left of its beginning,
+/// may become longer; any part of one may become shorter. Private copies move along; what pointed to the old addresses does not.
+/// EBUSY while it is pinned; MREMAP_FIXED, MREMAP_DONTUNMAP, a length of 0 before and a part that would become longer are
+/// ENOTSUP. Returns MAP_FAILED on failure, with nothing changed.
+#[unsafe(no_mangle)]
+pub extern "C" fn pf_mremap(
+    old_address: *mut c_void,
+    old_size: usize,
+    new_size: usize,
+    flags: c_int,
+) -> *mut c_void {
+    const UNLIKE: c_int = libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+    let mapped = answer(|| {
+        if flags & !(UNLIKE | libc::MREMAP_MAYMOVE) != 0 {
+            return refuse(Errno::EINVAL, "the flags");
+        }
+        if new_size == 0 || !old_address.addr().is_multiple_of(PAGE) {
+            return refuse(Errno::EINVAL, "the address or the length");
+        }
+        if flags & UNLIKE != 0 || old_size == 0 {
+            return refuse(
+                Errno::EOPNOTSUPP,
+                "a place of the program's choice, or a second mapping",
+            );
+        }
+        let range = pages_at(old_address, old_size)?;
+        let (mut found, whole) = parts_of(&range);
+        let Some((_, mapped)) = found.pop().filter(|_| whole && found.is_empty()) else {
+            return refuse(Errno::EFAULT, "the range does not lie in one mapping");
+        };
+        let Some(pages) = new_size.checked_next_multiple_of(PAGE) else {
+            return refuse(Errno::ENOMEM, "the length");
+        };
+        let may_move = flags & libc::MREMAP_MAYMOVE != 0;
+        // An address of user space.
+        resize(&range, &mapped, new_size, pages, may_move).map(|base| base as isize)
+    });
+    std::ptr::with_exposed_provenance_mut(mapped as usize)
+}
+
+/// Gives what lies at `range` a length of `len` bytes, which is so many whole `pages`; returns its address.
+fn resize(
+    range: &Range<usize>,
+    mapped: &Arc<Mapped>,
+    len: usize,
+    pages: usize,
+    may_move: bool,
+) -> Outcome<usize> {
+    if pages < range.len() {
+        unmap(&(range.start + pages..range.end), mapped)?;
+        return Ok(range.start);
+    }
+    let mut mapping = mapped.mapping.write();
+    if *range != addresses(&mapping) {
+        if pages == range.len() {
+            return Ok(range.start);
+        }
+        return refuse(Errno::EOPNOTSUPP, "a part of a mapping would become longer");
+    }
+    if !mapped.pins.lock().is_empty() {
+        return refuse(Errno::EBUSY, "the mapping is pinned");
+    }
+    // Out of the table first: the addresses may be another mapping's before this returns.
+    if !take_out(range, mapped) {
+        return refuse(Errno::EFAULT, "the range is not mapped as a whole");
+    }
+    let outcome = mapping.remap(len, may_move);
+    let now = addresses(&mapping);
+    put_back(&now, mapped);
+    outcome?;
+    Ok(now.start)
 }
 
 /// Takes a range out of the table, splitting what it lies in; tells whether it was there.
@@ -275,10 +360,13 @@ fn each_part(
     range: &Range<usize>,
     mut work: impl FnMut(&Mapping, Range<usize>) -> Outcome<()>,
 ) -> Outcome<c_int> {
-    let (found, whole) = parts_of(range);
+    let (found, mut whole) = parts_of(range);
     for (part, mapped) in found {
-        let inside = mapped.inside(&part);
-        work(&mapped.mapping.read(), inside)?;
+        let mapping = mapped.mapping.read();
+        match inside(&mapping, &part) {
+            Some(bytes) => work(&mapping, bytes)?,
+            None => whole = false,
+        }
     }
     if !whole {
         return refuse(Errno::ENOMEM, "the range is not mapped as a whole");
@@ -396,14 +484,17 @@ pub extern "C" fn pf_pin(addr: *mut c_void, length: usize, for_writing: c_int) -
             return refuse(Errno::ENOMEM, "the range does not lie in one mapping");
         };
         let mapping = mapped.mapping.read();
-        let pinned = mapping.pin(mapped.inside(&range), for_writing != 0)?;
+        let Some(bytes) = inside(&mapping, &range) else {
+            return refuse(Errno::ENOMEM, "the range does not lie in one mapping");
+        };
+        let pinned = mapping.pin(bytes, for_writing != 0)?;
         let mut pins = mapped.pins.lock();
         if pins.len() == PINS_MAX {
             return refuse(Errno::ENOMEM, "one more pin");
         }
         // SAFETY: lengthens a borrow of `mapped.mapping`. The mapping does not move: it lies in an Arc. The pin is kept in
-        // `mapped.pins`, which is dropped before it, and `unmap`, which alone changes it, empties that list first, under the
-        // lock that is held here for reading.
+        // `mapped.pins`, which is dropped before it; `unmap` and `resize`, which alone change it, empty that list first or
+        // find it empty, under the lock that is held here for reading.
         let pinned = unsafe { std::mem::transmute::<Pinned<'_>, Pinned<'static>>(pinned) };
         pins.push(Pin {
             range,

@@ -102,6 +102,19 @@ struct Slot {
     mapping: Option<Arc<pinfold::Mapping>>,
     /// Buffers and pins that others hold.
     exports: usize,
+    /// A call of `resize` has it, and puts it back.
+    resizing: bool,
+}
+
+impl Slot {
+    /// Says why there is no mapping.
+    fn missing(&self) -> PyErr {
+        if self.resizing {
+            PyBufferError::new_err("the mapping is being resized by another thread")
+        } else {
+            closed("mapping")
+        }
+    }
 }
 
 /// What an item names.
@@ -117,6 +130,7 @@ impl Mapping {
             slot: Mutex::new(Slot {
                 mapping: Some(Arc::new(mapping)),
                 exports: 0,
+                resizing: false,
             }),
             name,
             access: asked.access,
@@ -127,7 +141,7 @@ impl Mapping {
     fn open(&self) -> PyResult<Arc<pinfold::Mapping>> {
         forked::check(self.process)?;
         let slot = self.slot.lock();
-        slot.mapping.clone().ok_or_else(|| closed("mapping"))
+        slot.mapping.clone().ok_or_else(|| slot.missing())
     }
 
     /// Runs `work` outside the interpreter; the mapping is let go of there, too: it may have been closed meanwhile.
@@ -254,7 +268,11 @@ impl Mapping {
     /// Whether it was closed; true in a forked child as well, where it is of no use.
     #[getter]
     fn closed(&self) -> bool {
-        !self.process.is_current() || self.slot.lock().mapping.is_none()
+        if !self.process.is_current() {
+            return true;
+        }
+        let slot = self.slot.lock();
+        slot.mapping.is_none() && !slot.resizing
     }
 
     fn __len__(&self) -> PyResult<usize> {
@@ -430,6 +448,59 @@ impl Mapping {
         })
     }
 
+    /// Make the mapping, and the file with it, end `newsize` bytes from where the mapping begins, as mmap.resize does.
+    ///
+    /// Raises TypeError for a mapping that is not for writing to the file, ValueError for no bytes or fewer, BufferError
+    /// while buffers of it (memoryviews, arrays) or pins exist, or another thread is using it.
+    #[pyo3(signature = (newsize, /))]
+    fn resize(&self, py: Python<'_>, newsize: i64) -> PyResult<()> {
+        forked::check(self.process)?;
+        if self.access != MapAccess::Write {
+            return Err(PyTypeError::new_err(
+                "cannot resize a mapping that is for reading only or copies on write",
+            ));
+        }
+        let len = usize::try_from(newsize).ok().filter(|&len| len > 0);
+        let len = len.ok_or_else(|| PyValueError::new_err("new size out of range"))?;
+        let taken = {
+            let mut slot = self.slot.lock();
+            if slot.exports > 0 {
+                return Err(PyBufferError::new_err(
+                    "cannot resize exported pointers exist",
+                ));
+            }
+            let taken = slot.mapping.take().ok_or_else(|| slot.missing())?;
+            match Arc::try_unwrap(taken) {
+                Ok(mapping) => {
+                    slot.resizing = true;
+                    mapping
+                }
+                Err(shared) => {
+                    slot.mapping = Some(shared);
+                    return Err(PyBufferError::new_err(
+                        "cannot resize while another thread uses the mapping",
+                    ));
+                }
+            }
+        };
+        // The lock is not held meanwhile: whoever waits for it has the interpreter, which is wanted back.
+        let (mapping, outcome) = py.detach(move || {
+            let mut mapping = taken;
+            let end = mapping.file_range().start.checked_add(len as u64);
+            let outcome = mapping
+                .file()
+                .set_len(end.unwrap_or(u64::MAX))
+                .and_then(|()| mapping.remap(len, true));
+            (mapping, outcome)
+        });
+        {
+            let mut slot = self.slot.lock();
+            slot.mapping = Some(Arc::new(mapping));
+            slot.resizing = false;
+        }
+        outcome.map_err(|error| raise(py, &error, Some(&self.name)))
+    }
+
     /// Unmap it. What was stored stays in the file's cache and is written back in its time.
     ///
     /// Raises BufferError while buffers of it (memoryviews, arrays) or pins exist.
@@ -444,6 +515,9 @@ impl Mapping {
                 return Err(PyBufferError::new_err(
                     "cannot close exported pointers exist",
                 ));
+            }
+            if slot.resizing {
+                return Err(slot.missing());
             }
             slot.mapping.take()
         };
@@ -482,7 +556,7 @@ impl Mapping {
         {
             let mut slot = this.slot.lock();
             if slot.mapping.is_none() {
-                return Err(closed("mapping"));
+                return Err(slot.missing());
             }
             slot.exports += 1;
         }

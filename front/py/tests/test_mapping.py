@@ -258,6 +258,38 @@ def test_closing_waits_for_buffers_and_pins(file: pinfold.File) -> None:
             call()
 
 
+def test_resizing_resizes_mapping_and_file_as_mmap_does(
+    file: pinfold.File, tmp_path: Path, delivery: Any
+) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(pattern(SIZE))
+    with open(theirs, "rb+") as other, mmap.mmap(other.fileno(), 0) as oracle:
+        mapping = file.map(access="w", delivery=delivery)
+        for size in [SIZE + 70_000, 5000, 9 * 4096, 12, 2_000_000]:
+            mapping.resize(size)
+            oracle.resize(size)
+            mapping[size - 1] = oracle[size - 1] = size % 251
+            assert len(mapping) == len(oracle) == size
+            assert mapping[:] == oracle[:]
+            assert file.size == size
+        mapping.flush()
+        assert theirs.stat().st_size == 2_000_000
+        for wrong in [0, -1]:
+            with pytest.raises(ValueError):
+                mapping.resize(wrong)
+        with memoryview(mapping), pytest.raises(BufferError):
+            mapping.resize(SIZE)
+        with mapping.pin(0, 10), pytest.raises(BufferError):
+            mapping.resize(SIZE)
+        assert len(mapping) == 2_000_000
+        mapping.close()
+        with pytest.raises(ValueError):
+            mapping.resize(SIZE)
+    for access in ["r", "c"]:
+        with file.map(access=access) as mapping, pytest.raises(TypeError):
+            mapping.resize(SIZE)
+
+
 def test_a_mapping_outlives_its_file_and_its_volume(directory: Path) -> None:
     with pinfold.Volume(directory, "1MiB", dirty_age=3600) as volume:
         with volume.open("f", "wb+") as file:

@@ -604,13 +604,6 @@ fn fact_8_closing_the_descriptor_ends_the_charge_without_a_word() {
         Some(InstallStop::Other(Errno::EBADF))
     );
     assert_eq!(rig.uffd.read_events(&mut [Event::NONE]), Err(Errno::EBADF));
-    // What is left to do: nobody sees or stores anything wrong any more.
-    rig.map.forbid();
-    let mut byte = 0u8;
-    let from = std::ptr::with_exposed_provenance(rig.at(0, 0));
-    // SAFETY: the copy reports what it cannot read.
-    let copied = unsafe { crate::copy::copy_nofault(&raw mut byte, from, 1) };
-    assert_eq!(copied.done, 0);
     println!("1 passed");
     // Destructors would close descriptors that are not theirs any more.
     std::process::exit(0);

@@ -304,14 +304,6 @@ impl UserMap {
         moved
     }
 
-    /// Takes all access away, for good: the next one is SIGSEGV. For a mapping whose faults are nobody's any more.
-    pub fn forbid(&self) {
-        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        for range in left.iter() {
-            forbid(self.ptr_of(range.start), self.bytes_of(range));
-        }
-    }
-
     fn bytes_of(&self, pages: &Range<u64>) -> usize {
         // Addresses of ours: they fit.
         ((pages.end - pages.start) * PAGE_SIZE) as usize
