@@ -2,11 +2,12 @@
 //!
 //! *Owns*: finding and locking a page, the begin of a write, what is known to be dirty.
 //!
-//! *Does not own*: bringing pages from the store (`fill.rs`), what is done to whole ranges (`range.rs`), user mappings
+//! *Does not own*: bringing pages from the store (`fill.rs`, `ahead.rs`), what is done to whole ranges (`range.rs`), user mappings
 //! (`map.rs`), write-back (`writeback.rs`).
 //!
 //! *Locking*: a folio's lock is its page's; `dirty` is a leaf.
 
+mod ahead;
 mod fill;
 mod range;
 

@@ -97,6 +97,12 @@ impl Index {
         }
     }
 
+    /// Has the processor fetch what [`Index::candidates`] looks at, for a look-up that will come: only a hint.
+    #[inline]
+    pub fn prefetch(&self, hash: u64) {
+        pinfold_mem::copy::prefetch_line(&raw const self.buckets[hash as usize & self.mask]);
+    }
+
     /// Keeps others from inserting or removing keys with this hash.
     pub fn lock(&self, hash: u64) -> ShardGuard<'_> {
         ShardGuard {

@@ -44,6 +44,7 @@ pub mod separation;
 mod slots;
 pub mod state;
 pub mod stores;
+mod strides;
 pub mod wait;
 pub mod writeback;
 

@@ -33,10 +33,13 @@ use crate::slots::Slot;
 use crate::state::{DIRTY, LOCKED, UMAP_ASYNC, UMAP_RO, UMAP_RW};
 use around::Reach;
 
-/// Pages installed in one run at most, and around a fault on either side of it.
-pub const AROUND_MAX: usize = 64;
-/// Neighbours that move along with a fault served in a signal handler, which the program's other signals wait for.
-const SIGNAL_MOVES_MAX: usize = 16;
+/// Pages installed around a fault at most, on either side of it.
+pub const AROUND_MAX: usize = 256;
+/// Pages installed with one call at most: as many as a signal's stack bears.
+const RUN_MAX: usize = 64;
+/// Neighbours that move along with a fault served in a signal handler, which the program's other signals wait for: a tenth
+/// of a millisecond.
+const SIGNAL_MOVES_MAX: usize = 64;
 
 /// One user mapping, while the cache serves a fault in it; implemented by `pinfold-fault`.
 ///
@@ -96,9 +99,21 @@ pub trait ReverseMap: Send + Sync {
     /// protected, and protects those again; more than that where it cannot tell.
     fn stores(&self, _pages: &Range<u64>, _found: &mut dyn FnMut(Range<u64>)) {}
 
-    /// Takes all access away from the tracked mappings of these pages, and then does as [`ReverseMap::stores`]: what it
-    /// finds is all there will be until a page is installed again.
-    fn withdraw(&self, _pages: &Range<u64>, _found: &mut dyn FnMut(Range<u64>)) {}
+    /// As [`ReverseMap::stores`], and changes nothing: a hint, which may miss what somebody else has just been told.
+    fn seem_stored(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
+        found(pages.clone());
+    }
+
+    /// Takes all access away from the shared mappings of several runs of pages, which costs less than one by one.
+    fn unmap_runs(&self, runs: &[Range<u64>]) {
+        runs.iter().for_each(|run| self.unmap(run.clone()));
+    }
+
+    /// As [`ReverseMap::unmap_runs`], and then as [`ReverseMap::stores`] of each: what it finds is all there will be until a
+    /// page is installed again.
+    fn withdraw(&self, runs: &[Range<u64>], _found: &mut dyn FnMut(Range<u64>)) {
+        self.unmap_runs(runs);
+    }
 }
 
 /// How a fault was answered.
@@ -116,7 +131,8 @@ pub enum MapOutcome {
 pub struct Here<'a> {
     /// Neighbours that are installed with the page if they are cached.
     pub around: Range<u64>,
-    /// The reading pattern to learn from. Where pages are worth reading ahead the fault is left to [`FilePages::map`].
+    /// The reading pattern to learn from. Reading ahead allocates: somebody else has been told to
+    /// ([`Walks::note`](crate::Walks::note)).
     pub ahead: Option<&'a ReadAhead>,
     /// Whether a page that is not cached is read, and room made for it.
     pub store: bool,
@@ -181,7 +197,7 @@ impl FilePages {
             let _turn = self.opening.lock();
             if self.homes.window().is_none() {
                 let window = Window::new().map_err(CacheError::Unmappable)?;
-                self.cache().open_slots(self.id(), &window);
+                self.cache().open_slots(self.id(), &window, &reverse);
                 let _ = self.reverse.set(reverse);
                 self.homes.open(window);
             }
@@ -225,6 +241,9 @@ impl FilePages {
     /// Serves a fault: brings the page in, moves it to the window, makes it dirty before a store can reach it, and installs
     /// it, with those of its neighbours within `around` that are cached. Nothing may be held.
     ///
+    /// A page that was not cached and follows no other comes alone: nothing has brought its neighbours, and those that are
+    /// there are mapped since their own fault.
+    ///
     /// A page that vanishes meanwhile (evicted, cut off) is answered with [`MapOutcome::Mapped`] as well: the access is
     /// repeated and faults again. A store makes the page dirty only in a shared mapping.
     ///
@@ -253,6 +272,8 @@ impl FilePages {
         };
         // Taken with nothing held, because it may have to wait; given back unless the page moves.
         let mut slot = None;
+        let alone = self.get(page).is_none() && !ahead.is_some_and(|ahead| ahead.follows(page));
+        let around = if alone { page..page + 1 } else { around };
         // Every round waits for somebody's progress or finds something changed by it, as with `read`.
         loop {
             if page >= self.pages_end() {
@@ -335,16 +356,14 @@ impl FilePages {
         } else {
             None
         };
+        let mut around = here.around.clone();
         let folio = match self.try_lock(page) {
-            // Starting to read ahead allocates: elsewhere, once a window.
-            Attempt::Locked(_) if here.ahead.is_some_and(|ahead| ahead.is_due(page)) => {
-                return None;
-            }
             Attempt::Locked(folio) => {
                 self.note_fault_hit(&folio);
                 folio
             }
             Attempt::Gone if here.store && target.shared() => {
+                around = page..page + 1;
                 self.fill_here(page, here.ahead, gate.as_ref())?
             }
             Attempt::Busy(_) | Attempt::Gone => return None,
@@ -363,7 +382,7 @@ impl FilePages {
         if service.stores() && !self.try_note_dirty(&folio) {
             return None;
         }
-        match self.install(folio, &mut slot, &here.around, service) {
+        match self.install(folio, &mut slot, &around, service) {
             Ok(Tried::Done(outcome)) => {
                 if let Some(ahead) = here.ahead {
                     ahead.reached(reach.low(), reach.high());
@@ -557,10 +576,10 @@ impl FilePages {
         service: Service<'_>,
     ) -> Tried {
         let start = first.page();
-        let mut run: SmallVec<[Moving<'_>; AROUND_MAX]> = SmallVec::new();
+        let mut run: SmallVec<[Moving<'_>; RUN_MAX]> = SmallVec::new();
         run.push(first);
         // Neighbours are for reading, so they travel with a page that is.
-        while service.protect() && run.len() < AROUND_MAX {
+        while service.protect() && run.len() < RUN_MAX {
             let page = start + run.len() as u64;
             let last = run.last().map(Moving::frame);
             let Some(next) = self.neighbour_to_move(page, last, around, service) else {

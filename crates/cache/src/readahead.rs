@@ -9,11 +9,15 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use pinfold_base::sync::Mutex;
 
+use crate::strides::Strides;
+
 const WINDOW_FIRST: u64 = 8;
 const NONE: u64 = u64::MAX;
 
 #[derive(Debug)]
 struct Window {
+    /// The first page that a window covers.
+    start: u64,
     /// The next page that no window covers yet.
     end: u64,
     /// The size of the newest window, in pages; 0: closed.
@@ -29,6 +33,12 @@ pub struct ReadAhead {
     first: AtomicU64,
     /// Reading this page or a later one of the window starts the next.
     trigger: AtomicU64,
+    /// Reading a page below this one starts the next, of a walk towards the beginning.
+    trigger_below: AtomicU64,
+    /// Faults that have followed each other.
+    steps: AtomicU64,
+    /// The page that has set off a trigger and whose window somebody is to start ([`ReadAhead::claim`]).
+    claimed: AtomicU64,
     window: Mutex<Window>,
 }
 
@@ -38,7 +48,14 @@ impl Default for ReadAhead {
             last: AtomicU64::new(NONE),
             first: AtomicU64::new(NONE),
             trigger: AtomicU64::new(NONE),
-            window: Mutex::new(Window { end: 0, size: 0 }),
+            trigger_below: AtomicU64::new(0),
+            steps: AtomicU64::new(0),
+            claimed: AtomicU64::new(NONE),
+            window: Mutex::new(Window {
+                start: 0,
+                end: 0,
+                size: 0,
+            }),
         }
     }
 }
@@ -54,7 +71,7 @@ impl ReadAhead {
         if before != page {
             self.last.store(page, Ordering::Relaxed);
         }
-        let ahead = if page >= self.trigger.load(Ordering::Relaxed) {
+        let ahead = if self.is_due(page) && self.claimed.load(Ordering::Relaxed) == NONE {
             self.advance(page, window_max())
         } else {
             None
@@ -62,22 +79,66 @@ impl ReadAhead {
         (ahead, before != page)
     }
 
+    /// Opens the next window because `page` is read.
     #[cold]
     fn advance(&self, page: u64, window_max: u64) -> Option<Range<u64>> {
         let mut window = self.window.lock();
-        if window.size == 0 || page < self.trigger.load(Ordering::Relaxed) {
+        if window.size == 0 || !self.is_due(page) {
             return None;
         }
-        if page >= window.end + window.size {
+        self.open_next(&mut window, page, window_max)
+    }
+
+    fn open_next(&self, window: &mut Window, page: u64, window_max: u64) -> Option<Range<u64>> {
+        let reach = window.start.saturating_sub(window.size)..window.end + window.size;
+        if !reach.contains(&page) {
             // Far from where the window is: another reader, or a seek.
-            self.close(&mut window);
+            self.close(window);
             return None;
+        }
+        let size = (window.size * 2).min(window_max).max(1);
+        if self.trigger_below.load(Ordering::Relaxed) > 0 {
+            let end = window.start.min(page);
+            window.start = end.saturating_sub(size);
+            self.trigger_below.store(end, Ordering::Relaxed);
+            window.size = size;
+            return (end > 0).then_some(window.start..end);
         }
         let start = window.end.max(page + 1);
-        window.size = (window.size * 2).min(window_max).max(1);
-        window.end = start + window.size;
+        window.size = size;
+        window.end = start + size;
         self.trigger.store(start, Ordering::Relaxed);
         Some(start..window.end)
+    }
+
+    /// Takes it on to start the next window if reading `page` is what that waited for. Whoever gets `true` sees to it that
+    /// [`ReadAhead::start_claimed`] is called, or [`ReadAhead::disclaim`]. Waits for nobody.
+    #[must_use]
+    pub fn claim(&self, page: u64) -> bool {
+        if !self.is_due(page) {
+            return false;
+        }
+        // Of two that come at once one is enough.
+        let before =
+            self.claimed
+                .compare_exchange(NONE, page, Ordering::Relaxed, Ordering::Relaxed);
+        before.is_ok()
+    }
+
+    /// Leaves a claimed window to the next who reads there.
+    pub fn disclaim(&self) {
+        self.claimed.store(NONE, Ordering::Relaxed);
+    }
+
+    /// Returns the pages to start reading for a claim that was made, and ends it.
+    pub fn start_claimed(&self, window_max: u64) -> Option<Range<u64>> {
+        let page = self.claimed.load(Ordering::Relaxed);
+        if page == NONE {
+            return None;
+        }
+        let range = self.advance(page, window_max);
+        self.claimed.store(NONE, Ordering::Relaxed);
+        range
     }
 
     /// Notes that `page` is read, with `wanted` pages of the same request from it on, and was not cached; returns the
@@ -89,22 +150,27 @@ impl ReadAhead {
         let start = page + wanted;
         let mut window = self.window.lock();
         if backward && !follows {
-            // Nobody is told when to start the next one: the walk comes to its end, and there it misses.
             let size =
                 (window.size * 2).clamp(WINDOW_FIRST.min(window_max.max(1)), window_max.max(1));
             self.close(&mut window);
             window.size = size;
-            return page.saturating_sub(size)..page;
+            window.start = page.saturating_sub(size);
+            window.end = page;
+            self.trigger_below.store(page, Ordering::Relaxed);
+            return window.start..page;
         }
         if !follows {
             self.close(&mut window);
             return start..start;
         }
-        window.size = (window.size * 2)
+        let size = (window.size * 2)
             .max(wanted)
             .max(WINDOW_FIRST)
             .min(window_max.max(1));
-        window.end = start + window.size;
+        self.close(&mut window);
+        window.size = size;
+        window.start = start;
+        window.end = start + size;
         self.trigger.store(start, Ordering::Relaxed);
         start..window.end
     }
@@ -115,10 +181,23 @@ impl ReadAhead {
         self.last.store(last, Ordering::Relaxed);
     }
 
+    /// Counts how many faults in a row, the one on `page` included, have continued this walk.
+    pub fn step(&self, page: u64) -> u64 {
+        let steps = if self.follows(page) {
+            self.steps.load(Ordering::Relaxed) + 1
+        } else {
+            0
+        };
+        // Of two at once one may not count.
+        self.steps.store(steps, Ordering::Relaxed);
+        steps
+    }
+
     /// Tells whether reading `page`, which is cached, starts to read ahead.
     #[must_use]
     pub fn is_due(&self, page: u64) -> bool {
         page >= self.trigger.load(Ordering::Relaxed)
+            || page < self.trigger_below.load(Ordering::Relaxed)
     }
 
     /// Tells whether reading `page` continues a walk, in either direction.
@@ -136,6 +215,8 @@ impl ReadAhead {
     fn close(&self, window: &mut Window) {
         window.size = 0;
         self.trigger.store(NONE, Ordering::Relaxed);
+        self.trigger_below.store(0, Ordering::Relaxed);
+        self.claimed.store(NONE, Ordering::Relaxed);
     }
 }
 
@@ -152,6 +233,7 @@ const WALKS_MAX: usize = 8;
 pub struct Walks {
     walks: [ReadAhead; WALKS_MAX],
     next: AtomicUsize,
+    strides: Strides,
 }
 
 impl Walks {
@@ -162,6 +244,31 @@ impl Walks {
             let next = self.next.fetch_add(1, Ordering::Relaxed);
             &self.walks[next % WALKS_MAX]
         })
+    }
+
+    /// Notes a fault on `page`, which belongs to `walk`; tells whether it is time to read ahead ([`Walks::start`]), which the
+    /// caller has to see to then. Waits for nobody and allocates nothing.
+    #[must_use]
+    pub fn note(&self, page: u64, walk: &ReadAhead) -> bool {
+        if walk.follows(page) {
+            return walk.claim(page);
+        }
+        self.strides.note(page)
+    }
+
+    /// Takes back what [`Walks::note`] has said: another fault will say it.
+    pub fn put_off(&self, walk: &ReadAhead) {
+        walk.disclaim();
+    }
+
+    /// Calls `start` with all that is to be read ahead now: windows of at most `window_max` pages, and single pages.
+    pub fn start(&self, window_max: u64, mut start: impl FnMut(Range<u64>)) {
+        let windows = self.walks.iter();
+        windows
+            .filter_map(|walk| walk.start_claimed(window_max))
+            .for_each(&mut start);
+        let pages = self.strides.take(window_max);
+        pages.into_iter().for_each(|page| start(page..page + 1));
     }
 }
 
@@ -217,6 +324,46 @@ mod tests {
             ahead.reached(page, page);
         }
         assert!(misses < 50, "{misses} misses");
+    }
+
+    #[test]
+    fn a_walk_towards_the_beginning_finds_every_page_read_ahead_by_whoever_was_told() {
+        let walks = Walks::default();
+        let (mut cached, mut misses) = (u64::MAX, 0);
+        for page in (0..10_000).rev() {
+            let walk = walks.at(page);
+            if walks.note(page, walk) {
+                walks.start(256, |range| {
+                    assert_eq!(range.end, cached);
+                    cached = range.start;
+                });
+            }
+            if page < cached {
+                misses += 1;
+                cached = walk.miss(page, 1, 256).start.min(page);
+            }
+            walk.reached(page, page);
+        }
+        assert_eq!((misses, cached), (2, 0));
+    }
+
+    #[test]
+    fn a_claim_that_is_put_off_is_made_again() {
+        let walks = Walks::default();
+        let walk = walks.at(0);
+        let first = walk.miss(0, 1, 256);
+        walk.reached(0, 0);
+        assert!(
+            walks.note(first.start, walk),
+            "the first page of the window"
+        );
+        assert!(!walks.note(first.start, walk), "once");
+        walks.put_off(walk);
+        assert!(walks.note(first.start, walk));
+        let mut started = None;
+        walks.start(256, |range| assert_eq!(started.replace(range), None));
+        assert_eq!(started, Some(first.end..first.end + 16));
+        walks.start(256, |range| panic!("{range:?} once more"));
     }
 
     #[test]

@@ -19,6 +19,7 @@ use crate::cache::{Cache, Header};
 use crate::policy::Verdict;
 use crate::slots::Slot;
 use crate::state::{DIRTY, LOCKED, PRESENT, UMAP_ASYNC, UPTODATE, USERS_MASK, WRITEBACK};
+use crate::stores::{ASKED_MAX, runs_of};
 
 /// Pages freed at once when there is no room left.
 pub(crate) const RECLAIM_BATCH: usize = 32;
@@ -31,7 +32,37 @@ const GRANULES_TRIED_MAX: usize = 4;
 /// The arena keeps at least this share of the budget: fills and writes need frames, however much is mapped.
 const ARENA_SHARE: usize = 8;
 
+/// Places in windows that are kept free, where the budget is large: fewer than this, and somebody makes room.
+const SPARE_MIN: usize = 16;
+/// As many are free then.
+const SPARE_ENOUGH: usize = 64;
+/// The least budget, in pages, of which so much is kept free.
+const SPARE_BUDGET_MIN: usize = 64 * SPARE_ENOUGH;
+
 impl Cache {
+    /// Tells whether the next faults will have to evict before they are served, so that it is time for
+    /// [`Cache::keep_spare`]. A look at two counters.
+    #[must_use]
+    pub fn is_short(&self) -> bool {
+        self.slots.are_open()
+            && self.pages_max() >= SPARE_BUDGET_MIN
+            && self.arena.uncharged() < SPARE_MIN
+    }
+
+    /// Evicts until a few places in windows are free: in the background, that faults need not wait for it.
+    pub fn keep_spare(&self) {
+        let batches = SPARE_ENOUGH / self.reclaim_batch() + 1;
+        for _ in 0..batches {
+            if !self.slots.are_open() || self.arena.uncharged() >= SPARE_ENOUGH {
+                return;
+            }
+            let mut saved = self.arena.no_charge();
+            if !self.shrink_arena() && self.reclaim(self.reclaim_batch(), &mut saved) == 0 {
+                return;
+            }
+        }
+    }
+
     /// Takes one frame, evicting if need be; waits for write-back if everything is dirty.
     pub(crate) fn take_frame(&self) -> Result<Frame, CacheError> {
         self.wait_for(|| self.try_take_frames(1).pop())
@@ -185,7 +216,6 @@ impl Cache {
             Verdict::Evicted
         });
         self.arena.free_all(&frames);
-        self.keep_stored(&mut slots);
         let dropped = self.evict_slots(&mut slots);
         saved.take_over(dropped);
         let evicted = frames.len() + dropped;
@@ -216,59 +246,68 @@ impl Cache {
         self.place(after) == (file, page + 1)
     }
 
-    /// Takes those of the pages claimed for eviction back that were stored to without notice; the others are in no
-    /// mapping any more where that could happen.
-    fn keep_stored(&self, slots: &mut SmallVec<[Frame; RECLAIM_BATCH]>) {
-        let tracked = |frame: &Frame| self.header(*frame).state.load() & UMAP_ASYNC != 0;
-        if !slots.iter().any(tracked) {
-            return;
-        }
-        slots.sort_unstable_by_key(|&frame| self.place(frame));
-        let mut kept: SmallVec<[Frame; RECLAIM_BATCH]> = SmallVec::new();
-        for run in slots.chunk_by(|a, b| self.follows(*a, *b)) {
-            if !run.iter().any(tracked) {
-                continue;
-            }
-            // A file with such mappings is listed as long as it has them.
-            let (file, _) = self.place(run[0]);
-            if let Some(stored) = self.visit_listed(file, |file| file.keep_stored(run)) {
-                kept.extend(stored);
-            }
-        }
-        slots.retain(|frame| !kept.contains(frame));
-        if !kept.is_empty() {
-            self.kick_flusher(true);
-        }
-    }
-
-    /// Drops pages that were claimed for eviction out of their windows, neighbours together; returns how many went.
+    /// Drops pages that were claimed for eviction out of their windows, neighbours together, and puts those back that were
+    /// stored to without notice. Returns how many went.
     ///
     /// They stay locked and listed until they are gone from every mapping, so that no fault brings one back early. They
-    /// are clean, so they are write-protected in every mapping (INV2), or in none ([`Cache::keep_stored`]), and no store is
-    /// lost.
+    /// are clean, so they are write-protected in every mapping (INV2), or in none ([`FilePages::keep_stored`]), and no store
+    /// is lost.
     fn evict_slots(&self, slots: &mut [Frame]) -> usize {
         slots.sort_unstable_by_key(|&frame| self.place(frame));
-        let mut gone = 0;
-        for run in slots.chunk_by(|a, b| self.follows(*a, *b)) {
-            let first = self.header(run[0]).key();
-            let pages = first.page..first.page + run.len() as u64;
-            let punched = self
-                .slots
-                .window(first.file)
-                .is_none_or(|window| window.punch(pages).is_ok());
-            for &frame in run {
-                let header = self.header(frame);
-                if punched {
-                    self.unlist(frame, header);
-                    self.give_slot_number(frame);
-                    gone += 1;
-                } else {
-                    // The system would not: the page is as good as before.
-                    self.keep(frame, 0);
-                }
+        let (mut gone, mut kept) = (0, 0);
+        for group in slots.chunk_by(|a, b| self.place(*a).0 == self.place(*b).0) {
+            let back = self.take_entries(group);
+            kept += back.len();
+            let left: SmallVec<[Frame; RECLAIM_BATCH]> = group
+                .iter()
+                .copied()
+                .filter(|frame| !back.contains(frame))
+                .collect();
+            for run in left.chunk_by(|a, b| self.follows(*a, *b)) {
+                gone += self.evict_run(run);
             }
         }
+        if kept > 0 {
+            self.kick_flusher(true);
+        }
         gone
+    }
+
+    /// Takes a file's claimed pages out of its mappings, where that costs less than leaving it to the punch; puts back, and
+    /// returns, those that were stored to without notice.
+    fn take_entries(&self, claimed: &[Frame]) -> SmallVec<[Frame; ASKED_MAX]> {
+        let file = self.place(claimed[0]).0;
+        let tracked = |frame: &Frame| self.header(*frame).state.load() & UMAP_ASYNC != 0;
+        if claimed.iter().any(tracked) {
+            // A file with such mappings is listed as long as it has them.
+            let kept = self.visit_listed(file, |file| file.keep_stored(claimed));
+            return kept.unwrap_or_default();
+        }
+        let pages = claimed.iter().map(|&frame| self.place(frame).1);
+        let runs = runs_of(pages);
+        if runs.len() > 1
+            && let Some(reverse) = self.slots.reverse(file)
+        {
+            reverse.unmap_runs(&runs);
+        }
+        SmallVec::new()
+    }
+
+    /// Drops neighbouring pages, which nobody has stored to, out of their window; returns how many went.
+    fn evict_run(&self, run: &[Frame]) -> usize {
+        let first = self.header(run[0]).key();
+        let pages = first.page..first.page + run.len() as u64;
+        let window = self.slots.window(first.file);
+        if window.is_some_and(|window| window.punch(pages).is_err()) {
+            // The system would not: the pages are as good as before.
+            run.iter().for_each(|&frame| self.keep(frame, 0));
+            return 0;
+        }
+        for &frame in run {
+            self.unlist(frame, self.header(frame));
+            self.give_slot_number(frame);
+        }
+        run.len()
     }
 
     /// Takes a locked, doomed, unused page out of the index and ends its state. The frame is the caller's then.

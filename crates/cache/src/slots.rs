@@ -16,16 +16,22 @@ use pinfold_base::sync::Mutex;
 use pinfold_mem::{Frame, Window};
 
 use crate::cache::{Cache, Header};
+use crate::map::ReverseMap;
+
+/// A window and who takes its pages out of mappings.
+struct Shown {
+    window: Arc<Window>,
+    reverse: Arc<dyn ReverseMap>,
+}
 
 /// All slots of a cache.
-#[derive(Debug)]
 pub(crate) struct Slots {
     /// How many there are, and the number of the first.
     count: usize,
     headers: OnceLock<Box<[Header]>>,
     free: Mutex<Vec<Frame>>,
-    /// The windows of files that have pages, by the file's number.
-    windows: Mutex<HashMap<u64, Arc<Window>>>,
+    /// The windows of files that have pages, and the mappings of each, by the file's number.
+    windows: Mutex<HashMap<u64, Shown>>,
 }
 
 impl Slots {
@@ -75,7 +81,14 @@ impl Slots {
     /// Returns the window of a file that has pages in it, which whoever asks keeps from going: so the file stays, and the
     /// reference returned is never the last.
     pub(crate) fn window(&self, file: u64) -> Option<Arc<Window>> {
-        self.windows.lock().get(&file).cloned()
+        let windows = self.windows.lock();
+        windows.get(&file).map(|shown| Arc::clone(&shown.window))
+    }
+
+    /// Returns the mappings of a file, under the same rule.
+    pub(crate) fn reverse(&self, file: u64) -> Option<Arc<dyn ReverseMap>> {
+        let windows = self.windows.lock();
+        windows.get(&file).map(|shown| Arc::clone(&shown.reverse))
     }
 
     pub(crate) fn forget_window(&self, file: u64) {
@@ -110,10 +123,19 @@ impl Drop for Slot<'_> {
 
 impl Cache {
     /// Makes slots, headers and policy data for windows, and notes a file's.
-    pub(crate) fn open_slots(&self, file: u64, window: &Arc<Window>) {
+    pub(crate) fn open_slots(
+        &self,
+        file: u64,
+        window: &Arc<Window>,
+        reverse: &Arc<dyn ReverseMap>,
+    ) {
         self.policy.open_slots();
         self.slots.open();
-        roomy::lock_roomy(&self.slots.windows).insert(file, Arc::clone(window));
+        let shown = Shown {
+            window: Arc::clone(window),
+            reverse: Arc::clone(reverse),
+        };
+        roomy::lock_roomy(&self.slots.windows).insert(file, shown);
         // Noting a first store in a signal handler must find room.
         drop(roomy::lock_roomy(&self.dirty_files));
     }

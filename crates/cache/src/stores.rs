@@ -28,11 +28,12 @@ use crate::cache::Cache;
 use crate::dirty::Note;
 use crate::file::{Attempt, FilePages};
 use crate::folio::Folio;
-use crate::room::RECLAIM_BATCH;
 use crate::state::{DIRTY, UMAP_ASYNC, pins};
 
 /// Pages asked about with one call at most.
-const ASKED_MAX: usize = 64;
+pub(crate) const ASKED_MAX: usize = 64;
+/// Pages that are looked at for nothing rather than with another call.
+const GAP_MAX: u64 = 64;
 
 /// How thorough a harvest is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,7 +50,10 @@ pub enum Harvest {
 impl FilePages {
     /// Makes pages of `range` dirty that were stored to without notice. Nothing may be held but classes 1 to 4.
     pub fn harvest(&self, range: Range<u64>, how: Harvest) {
-        let pages = self.noted(Note::Tracked, range, usize::MAX);
+        let mut pages = self.noted(Note::Tracked, range, usize::MAX);
+        if how == Harvest::Try {
+            self.leave_suspects(&mut pages);
+        }
         let mut rest = &pages[..];
         while let Some((&first, others)) = rest.split_first() {
             let folio = match how {
@@ -75,6 +79,21 @@ impl FilePages {
             self.look_for_stores(&run, withdraw);
             rest = &rest[run.len()..];
         }
+    }
+
+    /// Of pages in ascending order leaves those that seem to have been stored to, by a few looks at many pages. No answer for
+    /// whoever relies on it: somebody else may have been told of a store and not have noted it yet.
+    fn leave_suspects(&self, pages: &mut Vec<u64>) {
+        let Some(reverse) = self.reverse.get() else {
+            return;
+        };
+        let mut found = Found::new(pages.iter().copied());
+        for near in pages.chunk_by(|a, b| b - a <= GAP_MAX) {
+            let seen = near[0]..near[near.len() - 1] + 1;
+            reverse.seem_stored(&seen, &mut |stored| found.add(stored));
+        }
+        let mut stored = found.stored.iter();
+        pages.retain(|_| stored.next() == Some(&true));
     }
 
     /// Tells whether pages may be stored to without notice, now or as soon as they are mapped.
@@ -105,22 +124,22 @@ impl FilePages {
             return;
         };
         let pages = first.page()..last.page() + 1;
-        let mut found = Found::new(&pages);
+        let mut found = Found::new(pages.clone());
         if withdraw {
-            reverse.withdraw(&pages, &mut |stored| found.add(stored));
+            let runs = std::slice::from_ref(&pages);
+            reverse.withdraw(runs, &mut |stored| found.add(stored));
         } else {
             reverse.stores(&pages, &mut |stored| found.add(stored));
         }
         // A mapping that is made now has installed nothing: that takes the locks held here.
         let nowhere = !reverse.tracks(&pages);
         let mut count = 0;
-        for folio in run {
+        for (folio, &stored) in run.iter().zip(&found.stored) {
             let state = &self.cache().header(folio.frame()).state;
             // A page that has no entry counts as stored to: what tells is that it never had one.
             if state.load() & UMAP_ASYNC == 0 {
                 continue;
             }
-            let stored = found.has(folio.page());
             if stored {
                 self.make_dirty(folio);
                 count += 1;
@@ -143,32 +162,30 @@ impl FilePages {
         folio.is_dirty()
     }
 
-    /// Of neighbouring pages that are claimed for eviction, puts those back that were stored to, and returns them. The
-    /// others are in no mapping any more where they could be.
+    /// Of a file's pages that are claimed for eviction, in order, puts those back that were stored to, and returns them. The
+    /// others are in no shared mapping any more.
     ///
     /// Asks twice: before the entries go, so that a page in use keeps its entry, and after, which is the answer
-    /// that counts.
-    pub(crate) fn keep_stored(&self, run: &[Frame]) -> SmallVec<[Frame; RECLAIM_BATCH]> {
+    /// that counts. Between the two all the entries go at once: telling the other processors costs more than the rest.
+    pub(crate) fn keep_stored(&self, claimed: &[Frame]) -> SmallVec<[Frame; ASKED_MAX]> {
         let cache = self.cache();
         let mut kept = SmallVec::new();
-        let (Some(&first), Some(reverse)) = (run.first(), self.reverse.get()) else {
+        let Some(reverse) = self.reverse.get() else {
             return kept;
         };
-        let start = cache.header(first).key().page;
-        let pages = start..start + run.len() as u64;
-        let mut found = Found::new(&pages);
-        reverse.stores(&pages, &mut |stored| found.add(stored));
-        let mut at = start;
-        while let Some(clean) = found.gap_after(at) {
-            reverse.withdraw(&clean, &mut |stored| found.add(stored));
-            at = clean.end;
+        let page_of = |&frame: &Frame| cache.header(frame).key().page;
+        let mut found = Found::new(claimed.iter().map(page_of));
+        for run in runs_of(claimed.iter().map(page_of)) {
+            reverse.stores(&run, &mut |stored| found.add(stored));
         }
-        for (page, &frame) in (start..).zip(run) {
+        reverse.withdraw(&found.others(), &mut |stored| found.add(stored));
+        for (&frame, stored) in claimed.iter().zip(&found.stored) {
+            let page = page_of(&frame);
             let state = &cache.header(frame).state;
             if state.load() & UMAP_ASYNC == 0 {
                 continue;
             }
-            if found.has(page) {
+            if *stored {
                 self.note_dirty(page, frame);
                 cache.keep(frame, DIRTY);
                 kept.push(frame);
@@ -198,43 +215,47 @@ impl Cache {
     }
 }
 
-/// Which of a run of pages were found to be stored to.
+/// Which of some pages, in ascending order, were found to be stored to.
 struct Found {
-    start: u64,
+    pages: SmallVec<[u64; ASKED_MAX]>,
     stored: SmallVec<[bool; ASKED_MAX]>,
 }
 
 impl Found {
-    fn new(pages: &Range<u64>) -> Self {
+    fn new(pages: impl Iterator<Item = u64>) -> Self {
+        let pages: SmallVec<[u64; ASKED_MAX]> = pages.collect();
         Self {
-            start: pages.start,
-            stored: smallvec![false; (pages.end - pages.start) as usize],
+            stored: smallvec![false; pages.len()],
+            pages,
         }
     }
 
-    fn add(&mut self, pages: Range<u64>) {
-        let end = self.start + self.stored.len() as u64;
-        for page in pages.start.max(self.start)..pages.end.min(end) {
-            self.stored[(page - self.start) as usize] = true;
+    fn add(&mut self, stored: Range<u64>) {
+        let at = |end: u64| self.pages.partition_point(|&page| page < end);
+        let (from, to) = (at(stored.start), at(stored.end));
+        self.stored[from..to].fill(true);
+    }
+
+    /// Lists the runs of pages that were not found.
+    fn others(&self) -> Runs {
+        let pages = self.pages.iter().zip(&self.stored);
+        runs_of(pages.filter(|(_, stored)| !**stored).map(|(&page, _)| page))
+    }
+}
+
+/// Runs of neighbouring pages; as many as one eviction comes upon have room without allocating.
+pub(crate) type Runs = SmallVec<[Range<u64>; ASKED_MAX]>;
+
+/// Joins neighbours of an ascending list of pages.
+pub(crate) fn runs_of(pages: impl Iterator<Item = u64>) -> Runs {
+    let mut runs = Runs::new();
+    for page in pages {
+        match runs.last_mut() {
+            Some(run) if run.end == page => run.end += 1,
+            _ => runs.push(page..page + 1),
         }
     }
-
-    fn has(&self, page: u64) -> bool {
-        self.stored[(page - self.start) as usize]
-    }
-
-    /// Returns the first run of pages at or after `page` that were not found.
-    fn gap_after(&self, page: u64) -> Option<Range<u64>> {
-        let from = (page - self.start) as usize;
-        let stored = self.stored.get(from..)?;
-        let first = from + stored.iter().position(|stored| !stored)?;
-        let len = self.stored[first..]
-            .iter()
-            .take_while(|stored| !**stored)
-            .count();
-        let start = self.start + first as u64;
-        Some(start..start + len as u64)
-    }
+    runs
 }
 
 #[cfg(all(test, loom))]

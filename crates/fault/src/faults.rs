@@ -27,8 +27,10 @@ use crate::refusal::{HOLD, Refusal};
 use crate::slots::{Answer, Request, Slots, Taken, Waiter};
 use crate::{FaultCounters, FaultSnapshot, FaultTarget};
 
-/// Threads that serve faults with I/O, at most; the first is started with the first mapping, more when faults wait.
+/// Threads that serve faults with I/O, at most; more than the first when faults wait.
 const WORKERS_MAX: usize = 16;
+/// Threads started with the first mapping: while one reads ahead, another serves a fault.
+const WORKERS_FIRST: usize = 2;
 
 /// Threads that read events. One does; the next takes over when it leaves to serve a fault itself, which spares that fault the
 /// way through another thread. The last one stays, and hands over.
@@ -288,6 +290,14 @@ impl Shared {
             // Unmapped meanwhile, which has sent its waiters on already.
             return Answer::Served;
         };
+        if request.waiter == Waiter::Nobody {
+            // What is not read ahead is read when it is wanted.
+            let _ = self.guarded(|| {
+                mapping.work_ahead();
+                Ok(MapOutcome::Mapped)
+            });
+            return Answer::Served;
+        }
         let outcome =
             self.guarded(|| mapping.serve(request.addr, request.access, request.protected));
         let refusal = match outcome {
@@ -445,7 +455,9 @@ impl Faults {
             return Err(error);
         }
         if self.shared.threads.lock().workers == 0 {
-            self.shared.start_worker()?;
+            for _ in 0..WORKERS_FIRST {
+                self.shared.start_worker()?;
+            }
         }
         let uffd = if tracked {
             let opened = self.open_tracked(delivery);

@@ -99,7 +99,7 @@ impl FileMappings {
 
 impl ReverseMap for FileMappings {
     fn unmap(&self, pages: Range<u64>) {
-        self.visit(|mapping| mapping.unmap_pages(&pages));
+        self.unmap_runs(std::slice::from_ref(&pages));
     }
 
     fn cut(&self, pages: Range<u64>) {
@@ -123,7 +123,15 @@ impl ReverseMap for FileMappings {
         self.visit_tracked(|mapping| mapping.stores(pages, found));
     }
 
-    fn withdraw(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
-        self.visit_tracked(|mapping| mapping.withdraw(pages, found));
+    fn seem_stored(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
+        self.visit_tracked(|mapping| mapping.seem_stored(pages, found));
+    }
+
+    fn unmap_runs(&self, runs: &[Range<u64>]) {
+        self.visit(|mapping| mapping.unmap_runs(runs, &mut |_| {}));
+    }
+
+    fn withdraw(&self, runs: &[Range<u64>], found: &mut dyn FnMut(Range<u64>)) {
+        self.visit(|mapping| mapping.withdraw(runs, found));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use pinfold_base::rank::rule_zero;
@@ -29,7 +29,12 @@ const PAGE: usize = PAGE_SIZE as usize;
 /// Pages installed around a fault at most, as in Linux: an aligned block of so many.
 const AROUND_PAGES: u64 = 16;
 /// The same where the program walks through, or says so: pages that it comes to next, in its direction.
-const AROUND_PAGES_SEQUENTIAL: u64 = AROUND_MAX as u64;
+const AROUND_PAGES_WALK: u64 = 64;
+/// The same after [`WALK_STEPS`] faults that followed each other: a fault costs as much as a page or twenty.
+const AROUND_PAGES_LONG_WALK: u64 = AROUND_MAX as u64;
+const WALK_STEPS: u64 = 3;
+/// Runs of pages that lose their entries together without allocating.
+const PARTS_MAX: usize = 64;
 
 /// What the program is about to do with mapped bytes, as in madvise(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -42,7 +47,7 @@ pub enum Advice {
     Random = 1,
     /// Walk through: more is mapped at once.
     Sequential = 2,
-    /// Need the bytes soon: reading them starts now.
+    /// Need the bytes soon: reading them starts now, of a range larger than half of the budget its beginning.
     WillNeed = 3,
     /// Not need the bytes soon: they leave this mapping; in a private one, with what was stored to it.
     DontNeed = 4,
@@ -61,6 +66,8 @@ pub struct UserMapping {
     /// Pages not given up. Held for reading while pages are installed, for writing while some are given up.
     live: RwLock<SmallVec<[Range<u64>; 1]>>,
     walks: Walks,
+    /// Whether somebody has been asked to make room in the cache.
+    makes_room: AtomicBool,
     advice: AtomicU8,
     refusals: Refusals,
     /// Pool threads that serve a fault in it.
@@ -92,6 +99,7 @@ impl UserMapping {
             target,
             shared,
             walks: Walks::default(),
+            makes_room: AtomicBool::new(false),
             advice: AtomicU8::new(Advice::Normal as u8),
             refusals: Refusals::default(),
             serving: AtomicU32::new(0),
@@ -257,25 +265,40 @@ impl UserMapping {
 
     /// Tells which pages were stored to since this was asked last or they were protected, and protects them again.
     pub(crate) fn stores(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
-        self.each_live(pages, |addr, len| self.look(addr, len, found));
-    }
-
-    /// The same after access to the pages was taken away.
-    pub(crate) fn withdraw(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
         self.each_live(pages, |addr, len| {
-            let part = self.pages_at(addr, len);
-            if self.map.drop_entries(part.clone()).is_err() {
-                // Locked by the program, for one: then stores go on, and the pages stay.
-                found(part);
-                return;
-            }
-            self.look(addr, len, found);
+            self.look(addr, len, ScanFor::WrittenAndProtect, found);
         });
     }
 
-    fn look(&self, addr: usize, len: usize, found: &mut dyn FnMut(Range<u64>)) {
+    /// The same, and protects nothing.
+    pub(crate) fn seem_stored(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
+        self.each_live(pages, |addr, len| {
+            self.look(addr, len, ScanFor::Written, found)
+        });
+    }
+
+    /// The same after access to runs of pages was taken away.
+    pub(crate) fn withdraw(&self, runs: &[Range<u64>], found: &mut dyn FnMut(Range<u64>)) {
+        if !self.is_tracked() {
+            self.unmap_runs(runs, &mut |_| {});
+            return;
+        }
+        let mut refused = false;
+        self.unmap_runs(runs, &mut |run| {
+            // The program's own doing: then stores go on, and the pages stay.
+            refused = true;
+            found(run);
+        });
+        if !refused {
+            for run in runs {
+                self.stores(run, found);
+            }
+        }
+    }
+
+    fn look(&self, addr: usize, len: usize, what: ScanFor, found: &mut dyn FnMut(Range<u64>)) {
         let stored = |run: Range<usize>| found(self.pages_at(run.start, run.len()));
-        if scan(addr..addr + len, ScanFor::WrittenAndProtect, stored).is_err() {
+        if scan(addr..addr + len, what, stored).is_err() {
             // Whatever it did not say may be so.
             found(self.pages_at(addr, len));
         }
@@ -296,7 +319,11 @@ impl UserMapping {
         let advice = self.advice.load(Ordering::Relaxed);
         let random = advice == Advice::Random as u8;
         let walk = self.walks.at(page);
-        let long = AROUND_PAGES_SEQUENTIAL;
+        let long = if walk.step(page) < WALK_STEPS {
+            AROUND_PAGES_WALK
+        } else {
+            AROUND_PAGES_LONG_WALK
+        };
         let (start, block) = if random {
             (page, 1)
         } else if walk.precedes(page) {
@@ -335,6 +362,7 @@ impl UserMapping {
     ) -> Option<MapOutcome> {
         let place = Place(self, protected);
         let fault = self.fault_on(self.map.page_at(addr)?, access, &place);
+        self.look_ahead(&fault);
         let outcome = self.target.try_fault(&fault, may_read)?;
         self.shared.counters.faults_minor.bump();
         Some(outcome)
@@ -354,7 +382,44 @@ impl UserMapping {
         self.serve_fault(&self.fault_on(page, access, &place))
     }
 
+    /// Has somebody else start reading ahead, and make room, if it is time: who waits for this fault does not wait for that.
+    fn look_ahead(&self, fault: &Fault<'_>) {
+        let due = fault
+            .ahead
+            .is_some_and(|walk| self.walks.note(fault.page, walk));
+        let short =
+            self.pages().cache_arc().is_short() && !self.makes_room.swap(true, Ordering::Relaxed);
+        if !due && !short {
+            return;
+        }
+        let request = Request {
+            addr: self.map.addr_of(fault.page).unwrap_or(self.map.addr()),
+            access: Access::Read,
+            protected: false,
+            waiter: Waiter::Nobody,
+        };
+        if !self.shared.slots.offer(request) {
+            // Another fault will ask again.
+            if let Some(walk) = fault.ahead.filter(|_| due) {
+                self.walks.put_off(walk);
+            }
+            if short {
+                self.makes_room.store(false, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Starts reading what faults have asked for, and makes room for the next.
+    pub(crate) fn work_ahead(&self) {
+        self.pages().start_walks(&self.walks);
+        if self.makes_room.load(Ordering::Relaxed) {
+            self.pages().cache_arc().keep_spare();
+            self.makes_room.store(false, Ordering::Relaxed);
+        }
+    }
+
     fn serve_fault(&self, fault: &Fault<'_>) -> Result<MapOutcome, CacheError> {
+        self.look_ahead(fault);
         let counters = &self.shared.counters;
         if self.pages().get(fault.page).is_some() {
             counters.faults_minor.bump();
@@ -445,27 +510,30 @@ impl UserMapping {
         });
     }
 
-    /// Takes pages out of the page tables; not a private mapping's, which would lose the program's copies.
-    pub(crate) fn unmap_pages(&self, pages: &Range<u64>) {
+    /// Takes runs of pages out of the page tables; not a private mapping's, which would lose the program's copies. Tells
+    /// `refused` those that the kernel would not.
+    pub(crate) fn unmap_runs(&self, runs: &[Range<u64>], refused: &mut dyn FnMut(Range<u64>)) {
         if !self.is_private() {
-            self.drop_live(pages);
+            self.drop_live(runs, refused);
         }
     }
 
     /// Takes the program's copies of pages away, in a private mapping.
     pub(crate) fn drop_copies(&self, pages: &Range<u64>) {
         if self.is_private() {
-            self.drop_live(pages);
+            self.drop_live(std::slice::from_ref(pages), &mut |_| {});
         }
     }
 
-    fn drop_live(&self, pages: &Range<u64>) {
+    fn drop_live(&self, runs: &[Range<u64>], refused: &mut dyn FnMut(Range<u64>)) {
         let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
-        for range in live.iter() {
-            let part = range.start.max(pages.start)..range.end.min(pages.end);
-            if !part.is_empty() {
-                let _ = self.map.drop_entries(part);
-            }
+        let parts: SmallVec<[Range<u64>; PARTS_MAX]> = runs
+            .iter()
+            .flat_map(|run| live.iter().map(move |range| overlap(run, range)))
+            .filter(|part| !part.is_empty())
+            .collect();
+        if !parts.is_empty() && self.map.drop_many(&parts).is_err() {
+            parts.into_iter().for_each(refused);
         }
     }
 
@@ -729,6 +797,10 @@ impl MappedMemory for UserMapping {
         }
         len - done.min(len)
     }
+}
+
+fn overlap(a: &Range<u64>, b: &Range<u64>) -> Range<u64> {
+    a.start.max(b.start)..a.end.min(b.end)
 }
 
 /// Returns the part of `pages`, from the first on, that one of the ranges holds.

@@ -43,7 +43,12 @@ pub(crate) enum Waiter {
     },
     /// A thread in its signal handler, which sleeps on the slot.
     Slot,
+    /// Nobody: what faults at the address have asked to be read ahead.
+    Nobody,
 }
+
+/// In place of a thread's number, which is lower: [`Waiter::Nobody`].
+const NOBODY: u32 = u32::MAX;
 
 /// A fault to serve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +75,7 @@ struct Slot {
     addr: AtomicUsize,
     write: AtomicBool,
     protected: AtomicBool,
-    /// The thread of [`Waiter::Kernel`]; 0 for [`Waiter::Slot`].
+    /// The thread of [`Waiter::Kernel`]; 0 for [`Waiter::Slot`], [`NOBODY`].
     thread: AtomicU32,
 }
 
@@ -130,8 +135,22 @@ impl Slots {
         answer
     }
 
+    /// Hands over what nobody waits for, unless serving is busy with more urgent things or has ended; tells whether it has.
+    pub(crate) fn offer(&self, request: Request) -> bool {
+        if self.is_stopped() {
+            return false;
+        }
+        let slot = self.try_claim();
+        slot.map(|slot| self.post_in(slot, request)).is_some()
+    }
+
     fn post(&self, request: Request) -> Option<&Slot> {
         let slot = self.claim()?;
+        self.post_in(slot, request);
+        Some(slot)
+    }
+
+    fn post_in(&self, slot: &Slot, request: Request) {
         slot.addr.store(request.addr, Ordering::Relaxed);
         slot.write
             .store(request.access == Access::Write, Ordering::Relaxed);
@@ -139,6 +158,7 @@ impl Slots {
         let thread = match request.waiter {
             Waiter::Kernel { thread } => thread,
             Waiter::Slot => 0,
+            Waiter::Nobody => NOBODY,
         };
         slot.thread.store(thread, Ordering::Relaxed);
         slot.state.store(POSTED, Ordering::Release);
@@ -149,7 +169,6 @@ impl Slots {
         }
         self.posted.fetch_add(1, Ordering::SeqCst);
         park::wake(&self.posted, 1);
-        Some(slot)
     }
 
     /// Takes a free slot; `None` once serving has ended.
@@ -281,6 +300,7 @@ impl Taken<'_> {
             protected: self.slot.protected.load(Ordering::Relaxed),
             waiter: match self.slot.thread.load(Ordering::Relaxed) {
                 0 => Waiter::Slot,
+                NOBODY => Waiter::Nobody,
                 thread => Waiter::Kernel { thread },
             },
         }
@@ -422,6 +442,26 @@ mod tests {
         servers
             .into_iter()
             .for_each(|server| server.join().unwrap());
+    }
+
+    #[test]
+    fn what_nobody_waits_for_takes_no_more_slots_than_are_free_and_gives_them_back() {
+        let slots = Slots::new();
+        let nobodys = |addr| Request {
+            waiter: Waiter::Nobody,
+            ..request(addr)
+        };
+        for round in 0..3 {
+            let taken = (0..SLOTS_MAX + 5).filter(|&at| slots.offer(nobodys(at)));
+            assert_eq!(taken.count(), SLOTS_MAX, "round {round}");
+            for _ in 0..SLOTS_MAX {
+                let taken = slots.take(None).expect("as many were handed over");
+                assert_eq!(taken.request().waiter, Waiter::Nobody);
+                taken.finish(Answer::Served);
+            }
+        }
+        slots.stop();
+        assert!(!slots.offer(nobodys(0)), "serving has ended");
     }
 
     #[test]

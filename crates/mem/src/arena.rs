@@ -371,6 +371,12 @@ impl Arena {
         Some(Charge { arena: self, pages })
     }
 
+    /// Returns how many pages of the budget are neither of the arena nor charged to anybody: a moment's view.
+    pub fn uncharged(&self) -> usize {
+        let used = self.committed.load(Ordering::Relaxed);
+        self.frames_max().saturating_sub(used)
+    }
+
     /// Makes a charge of nothing, to collect in.
     pub fn no_charge(&self) -> Charge<'_> {
         Charge {

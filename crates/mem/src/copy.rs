@@ -276,11 +276,19 @@ const PREFETCH_BYTES: usize = 512;
 /// Has the processor fetch the bytes from `addr` on, which need not be mapped: only a hint.
 #[inline]
 pub(crate) fn prefetch(addr: *const u8) {
-    #[cfg(target_arch = "x86_64")]
     for at in (0..PREFETCH_BYTES).step_by(64) {
-        let line = addr.wrapping_add(at).cast::<i8>();
+        prefetch_line(addr.wrapping_add(at));
+    }
+}
+
+/// Has the processor fetch the cache line at `addr`, which need not be mapped: only a hint.
+#[inline]
+pub fn prefetch_line<T>(addr: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         // SAFETY: a prefetch of any address faults on none.
-        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line) };
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(addr.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = addr;

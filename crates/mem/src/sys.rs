@@ -1,15 +1,17 @@
-//! System calls that `rustix` does not wrap: file handles, and a gathered write straight from frames.
+//! System calls that `rustix` does not wrap: file handles, a gathered write straight from frames, advice on many ranges.
 //!
 //! *Owns*: the calls' memory layouts. *Does not own*: descriptors, or when any of this is wise.
 
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pinfold_base::Errno;
+use rustix::mm::{Advice, madvise};
 use smallvec::SmallVec;
 
-use crate::span::IoSpan;
+use crate::span::{IoSpan, RawSpan};
 
 /// The largest handle any filesystem makes, in bytes (`MAX_HANDLE_SZ`).
 const HANDLE_BYTES_MAX: usize = 128;
@@ -123,6 +125,62 @@ pub fn writev_spans(fd: BorrowedFd<'_>, head: &[u8], spans: &[IoSpan]) -> Result
     let written = unsafe { libc::writev(fd.as_raw_fd(), pieces.as_ptr(), count) };
     usize::try_from(written).map_err(|_| Errno::from(io::Error::last_os_error()))
 }
+
+/// Ranges advised on with one system call.
+pub(crate) const ADVISED_MAX: usize = 32;
+/// `PIDFD_SELF`: no descriptor, which a child would inherit and mean its parent by.
+const PIDFD_SELF: libc::c_int = -10_000;
+
+/// Drops the page-table entries of up to [`ADVISED_MAX`] ranges, also where the program has locked its memory. With one call
+/// the kernel tells the other processors once (Linux 6.16), which costs more than the entries do.
+///
+/// # Safety
+/// The ranges are whole pages of live mappings whose contents come again by a fault, as those of shared mappings do.
+///
+/// # Errors
+/// What madvise(2) says of the first range that it refuses.
+pub(crate) unsafe fn drop_entries(
+    spans: impl ExactSizeIterator<Item = RawSpan> + Clone,
+) -> Result<(), Errno> {
+    static REFUSED: AtomicBool = AtomicBool::new(false);
+    let count = spans.len().min(ADVISED_MAX);
+    if count > 1 && !REFUSED.load(Ordering::Relaxed) {
+        let mut ranges = [NO_RANGE; ADVISED_MAX];
+        let mut bytes = 0;
+        for (range, span) in ranges.iter_mut().zip(spans.clone()) {
+            range.iov_base = std::ptr::with_exposed_provenance_mut(span.addr);
+            range.iov_len = span.len;
+            bytes += span.len;
+        }
+        // SAFETY: the kernel reads `count` entries of `ranges`; the caller vouches for what they name.
+        let advised = unsafe {
+            libc::syscall(
+                libc::SYS_process_madvise,
+                PIDFD_SELF,
+                ranges.as_ptr(),
+                count,
+                libc::MADV_DONTNEED_LOCKED,
+                0,
+            )
+        };
+        if usize::try_from(advised) == Ok(bytes) {
+            return Ok(());
+        }
+        // Before Linux 6.15 for this advice or for the caller's own process: not asked again.
+        REFUSED.store(advised < 0, Ordering::Relaxed);
+    }
+    spans.take(ADVISED_MAX).try_for_each(|span| {
+        let addr = std::ptr::with_exposed_provenance_mut(span.addr);
+        // SAFETY: as the caller vouches.
+        unsafe { madvise(addr, span.len, Advice::LinuxDontneedLocked) }
+            .map_err(|errno| Errno::from_raw(errno.raw_os_error()))
+    })
+}
+
+const NO_RANGE: libc::iovec = libc::iovec {
+    iov_base: std::ptr::null_mut(),
+    iov_len: 0,
+};
 
 #[cfg(test)]
 mod tests {

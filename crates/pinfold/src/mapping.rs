@@ -433,7 +433,7 @@ impl Mapping {
         match advice {
             Advice::Normal | Advice::Random | Advice::Sequential => self.placed.set_pattern(advice),
             Advice::WillNeed | Advice::DontNeed if bytes.is_empty() => {}
-            Advice::WillNeed => self.placed.pages().read_ahead(pages),
+            Advice::WillNeed => self.placed.pages().will_need(pages),
             Advice::DontNeed => self
                 .placed
                 .drop_entries(pages)

@@ -7,6 +7,7 @@
 )]
 
 mod mapping {
+    mod ahead;
     mod basics;
     mod buffers;
     pub mod limits;

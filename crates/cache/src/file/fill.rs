@@ -1,17 +1,16 @@
-//! Pages on their way from the store: those somebody waits for, and those that are read ahead.
+//! Pages on their way from the store that somebody waits for.
 //!
 //! *Owns*: how missing pages are gathered into transfers, and what becomes of them when a transfer ends.
 //!
-//! *Does not own*: what is worth reading ahead (`readahead.rs`); where the frames come from (`cache.rs`).
+//! *Does not own*: reading ahead (`ahead.rs`, `readahead.rs`); where the frames come from (`cache.rs`).
 //!
 //! *Locking*: pages are inserted locked, under the gate's ADD, and unlocked by whoever ends their transfer.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use pinfold_base::{PAGE_SIZE, Progress};
 use pinfold_mem::{Frame, Segments};
-use pinfold_store::{StoreError, Transfer};
+use pinfold_store::StoreError;
 use smallvec::SmallVec;
 
 use super::{FilePages, PAGE, Want};
@@ -21,8 +20,6 @@ use crate::gate::AddGuard;
 use crate::lease::PageRef;
 use crate::readahead::ReadAhead;
 
-/// Pages in one read transfer at most: 512 KiB keeps several in flight within a window.
-const TRANSFER_PAGES_MAX: u64 = 128;
 /// Pages a reader waits for in one transfer at most.
 const SYNC_PAGES_MAX: u64 = 128;
 
@@ -142,68 +139,6 @@ impl FilePages {
         segments
     }
 
-    /// Starts reading pages that are missing in `range`; waits for nothing, gives up where frames are short.
-    pub fn read_ahead(self: &Arc<Self>, range: Range<u64>) {
-        // A blocked gate means that the range is about to change: not worth waiting for.
-        if let Some(gate) = self.gate.try_add() {
-            self.start_ahead(range, &gate);
-        }
-    }
-
-    fn start_ahead(self: &Arc<Self>, range: Range<u64>, _gate: &AddGuard<'_>) {
-        let end = range.end.min(self.end().div_ceil(PAGE_SIZE));
-        let mut batch = Vec::new();
-        let mut page = range.start;
-        while page < end {
-            let mut folios: SmallVec<[Folio<'_>; 1]> = SmallVec::new();
-            let run = (end - page).min(TRANSFER_PAGES_MAX);
-            let mut frames = self.cache.try_take_frames(run as usize).into_iter();
-            for at in page..page + run {
-                let Some(frame) = frames.next() else {
-                    break;
-                };
-                match self.insert(at, frame) {
-                    Some(folio) => folios.push(folio),
-                    None => break,
-                }
-            }
-            let short = frames.len() == 0 && (folios.len() as u64) < run;
-            for spare in frames {
-                self.cache.arena.free(spare);
-            }
-            let start = page;
-            // The page that was there already is skipped as well.
-            page += folios.len() as u64 + u64::from((folios.len() as u64) < run);
-            if !folios.is_empty() {
-                batch.push(self.transfer_ahead(start, folios));
-            }
-            if short {
-                break;
-            }
-        }
-        if !batch.is_empty() {
-            self.object.read(batch);
-        }
-    }
-
-    fn transfer_ahead(self: &Arc<Self>, start: u64, folios: SmallVec<[Folio<'_>; 1]>) -> Transfer {
-        let counters = &self.cache.counters;
-        counters.pages_read.add(folios.len() as u64);
-        counters.pages_read_ahead.add(folios.len() as u64);
-        let frames: Vec<Frame> = folios.into_iter().map(Folio::into_frame).collect();
-        let segments = self.segments_of(start, frames.iter().copied());
-        let filling = Filling {
-            file: Arc::clone(self),
-            start,
-            frames,
-        };
-        Transfer {
-            offset: start * PAGE_SIZE,
-            segments,
-            done: Box::new(move |outcome| filling.end(&outcome)),
-        }
-    }
-
     /// Inserts up to `pages` locked pages from `page` on, up to the first that is there; `None` when `page` itself is.
     /// Waits for the first frame only.
     fn insert_run(
@@ -229,31 +164,5 @@ impl FilePages {
             self.cache.arena.free(spare);
         }
         Ok((!folios.is_empty()).then_some(folios))
-    }
-}
-
-/// Locked pages on their way from the store, whose thread has gone on. Dropped before the transfer has told its end, as by a
-/// store that panics, they leave the cache, and nobody waits for them for ever.
-struct Filling {
-    file: Arc<FilePages>,
-    start: u64,
-    frames: Vec<Frame>,
-}
-
-impl Filling {
-    fn end(mut self, outcome: &Progress<StoreError>) {
-        for (i, frame) in std::mem::take(&mut self.frames).into_iter().enumerate() {
-            let folio = Folio::adopt(&self.file, self.start + i as u64, frame);
-            // An error of a page nobody asked for is nobody's: who asks reads it himself.
-            self.file.settle_fill(&folio, i, outcome);
-        }
-    }
-}
-
-impl Drop for Filling {
-    fn drop(&mut self) {
-        for (page, &frame) in (self.start..).zip(&self.frames) {
-            drop(Folio::adopt(&self.file, page, frame));
-        }
     }
 }

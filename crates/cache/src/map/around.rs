@@ -12,7 +12,8 @@ use std::ops::Range;
 use pinfold_mem::{Access, Frame};
 use smallvec::SmallVec;
 
-use super::{AROUND_MAX, Service, note_mapped};
+use super::{AROUND_MAX, RUN_MAX, Service, note_mapped};
+use crate::dirty::Note;
 use crate::file::{Attempt, FilePages};
 use crate::folio::Folio;
 use crate::home::Moving;
@@ -67,20 +68,26 @@ impl FilePages {
         if service.access == Access::Write {
             return;
         }
-        let mut page = start;
+        let (mut page, mut fetched) = (start, start);
         while page < end {
+            if page >= fetched {
+                // Neighbours are hashed apart, and looked up one after the other: a wait for memory each otherwise.
+                fetched = end.min(page + RUN_MAX as u64);
+                (page..fetched).for_each(|page| self.cache().index.prefetch(self.key(page).hash()));
+            }
             if !self.is_near(page) {
                 page += 1;
                 continue;
             }
             let left = page..end;
-            let mut run: SmallVec<[Folio<'_>; AROUND_MAX]> = SmallVec::new();
-            while run.len() < (end - page) as usize {
-                let Some(folio) = self.neighbour_here(page + run.len() as u64, service) else {
+            let mut run: SmallVec<[Folio<'_>; RUN_MAX]> = SmallVec::new();
+            while run.len() < RUN_MAX.min((end - page) as usize) {
+                let Some(folio) = self.neighbour_here(page + run.len() as u64) else {
                     break;
                 };
                 run.push(folio);
             }
+            self.track_run(&mut run, service);
             if let Some(last) = run.last() {
                 let pages = page..last.page() + 1;
                 page = pages.end;
@@ -120,20 +127,41 @@ impl FilePages {
     }
 
     /// Locks a page of the window that may be installed.
-    fn neighbour_here(&self, page: u64, service: Service<'_>) -> Option<Folio<'_>> {
+    fn neighbour_here(&self, page: u64) -> Option<Folio<'_>> {
         match self.try_lock(page) {
             Attempt::Locked(folio) => {
                 let fit = folio.is_uptodate() && folio.in_window() && page < self.pages_end();
-                (fit && self.track(page, service)).then_some(folio)
+                fit.then_some(folio)
             }
             Attempt::Busy(_) | Attempt::Gone => None,
         }
     }
 
+    /// As [`FilePages::track`] of neighbours; lets go of those from the first on that cannot be listed here.
+    fn track_run(&self, run: &mut SmallVec<[Folio<'_>; RUN_MAX]>, service: Service<'_>) {
+        if !service.tracked() {
+            return;
+        }
+        let mut state = if service.signal {
+            self.dirty()
+        } else {
+            self.dirty_roomy()
+        };
+        let mut list = |folio: &&Folio<'_>| {
+            state
+                .pages
+                .try_insert(Note::Tracked, folio.page())
+                .is_some()
+        };
+        let listed = run.iter().take_while(|folio| list(folio)).count();
+        drop(state);
+        run.truncate(listed);
+    }
+
     /// Moves and installs neighbours from the first of `pages` on; returns how many.
     fn move_around(&self, pages: &Range<u64>, service: Service<'_>) -> u64 {
-        let mut run: SmallVec<[Moving<'_>; AROUND_MAX]> = SmallVec::new();
-        while run.len() < AROUND_MAX {
+        let mut run: SmallVec<[Moving<'_>; RUN_MAX]> = SmallVec::new();
+        while run.len() < RUN_MAX {
             let page = pages.start + run.len() as u64;
             let last = run.last().map(Moving::frame);
             match self.neighbour_to_move(page, last, pages, service) {

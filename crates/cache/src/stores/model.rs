@@ -178,9 +178,11 @@ impl ReverseMap for Mappings {
         }
     }
 
-    fn withdraw(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
-        self.0.drop_now();
-        self.stores(pages, found);
+    fn withdraw(&self, runs: &[Range<u64>], found: &mut dyn FnMut(Range<u64>)) {
+        for pages in runs {
+            self.0.drop_now();
+            self.stores(pages, found);
+        }
     }
 }
 

@@ -294,12 +294,14 @@ impl ReverseMap for Reverse {
         self.with_tracked(pages, |inner, part| inner.look(part, found));
     }
 
-    fn withdraw(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
-        self.with_tracked(pages, |inner, part| {
-            inner.store_late(part.start);
-            inner.map().drop_entries(part.clone()).unwrap();
-            inner.look(part, found);
-        });
+    fn withdraw(&self, runs: &[Range<u64>], found: &mut dyn FnMut(Range<u64>)) {
+        for run in runs {
+            self.with_tracked(run, |inner, part| {
+                inner.store_late(part.start);
+                inner.map().drop_entries(part.clone()).unwrap();
+                inner.look(part, found);
+            });
+        }
     }
 
     fn unmap(&self, pages: Range<u64>) {

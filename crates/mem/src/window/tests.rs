@@ -179,3 +179,41 @@ fn a_soft_file_size_limit_is_put_out_of_the_way_and_back() {
     window.ensure(5000).unwrap();
     assert_eq!(file_size(), Some(LIMIT));
 }
+
+#[test]
+fn many_ranges_lose_their_entries_together_and_keep_their_pages() {
+    use crate::uffd::{ScanFor, scan};
+    // More ranges than go into one call, of one page and of several.
+    const GROUPS: u64 = 75;
+    let window = Window::new().unwrap();
+    let map = window
+        .user_map(0..GROUPS * 4, UserMapKind::SharedRead)
+        .unwrap();
+    for page in 0..GROUPS * 4 {
+        window.write_page(page, 0, &[page as u8]);
+        assert_eq!(byte_at(&map, page), page as u8);
+    }
+    let parts: Vec<_> = (0..GROUPS)
+        .map(|group| group * 4..group * 4 + 1 + group % 3)
+        .collect();
+    map.drop_many(&parts).unwrap();
+    let mut present = Vec::new();
+    let whole = map.addr()..map.addr() + map.len();
+    scan(whole, ScanFor::Present, |run| {
+        let page = |addr: usize| ((addr - map.addr()) / PAGE) as u64;
+        present.extend(page(run.start)..page(run.end));
+    })
+    .unwrap();
+    let dropped = |page: &u64| parts.iter().any(|part| part.contains(page));
+    let expected: Vec<u64> = (0..GROUPS * 4).filter(|page| !dropped(page)).collect();
+    assert_eq!(present, expected);
+    for page in 0..GROUPS * 4 {
+        assert_eq!(byte_at(&map, page), page as u8, "the window has it");
+    }
+    map.unmap(8..12).unwrap();
+    assert_eq!(
+        map.drop_many(&parts),
+        Err(Errno::ENOMEM),
+        "not all is mapped"
+    );
+}

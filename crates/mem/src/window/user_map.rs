@@ -18,10 +18,11 @@ use rustix::mm::{
 };
 use smallvec::{SmallVec, smallvec};
 
-use super::{PAGE, UserMapKind, Window, WindowError, errno, system};
+use super::{PAGE, UserMapKind, Window, WindowError, system};
 use crate::copy::CopyStop;
 use crate::iov::{Direction, IovCursor};
 use crate::span::RawSpan;
+use crate::sys;
 use crate::uffd::Uffd;
 
 /// A mapping of a window made for the program. Dropping it unmaps what is left of it.
@@ -321,15 +322,30 @@ impl UserMap {
     /// # Errors
     /// `ENOMEM` where a part is not mapped any more.
     pub fn drop_entries(&self, pages: Range<u64>) -> Result<(), Errno> {
+        self.drop_many(std::slice::from_ref(&pages))
+    }
+
+    /// As [`UserMap::drop_entries`] of many ranges; processors are told once, where the kernel can (Linux 6.16).
+    ///
+    /// # Errors
+    /// As [`UserMap::drop_entries`]; some of the ranges may have lost their entries then.
+    pub fn drop_many(&self, parts: &[Range<u64>]) -> Result<(), Errno> {
         let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        let inside = |range: &Range<u64>| range.start <= pages.start && pages.end <= range.end;
-        if pages.is_empty() || !left.iter().any(inside) {
+        let is_mapped = |part: &Range<u64>| {
+            let inside = |range: &Range<u64>| range.start <= part.start && part.end <= range.end;
+            !part.is_empty() && left.iter().any(inside)
+        };
+        if !parts.iter().all(is_mapped) {
             return Err(Errno::ENOMEM);
         }
-        let (addr, len) = (self.ptr_of(pages.start), self.bytes_of(&pages));
-        // Also where the program has locked its memory: entries must go when we say so.
-        // SAFETY: a part of our mapping, still mapped while `left` is locked; contents come again by a fault.
-        unsafe { madvise(addr.cast(), len, Advice::LinuxDontneedLocked) }.map_err(errno)
+        parts.chunks(sys::ADVISED_MAX).try_for_each(|parts| {
+            let spans = parts.iter().map(|part| RawSpan {
+                addr: self.ptr_of(part.start).expose_provenance(),
+                len: self.bytes_of(part),
+            });
+            // SAFETY: parts of our mapping, still mapped while `left` is locked; contents come again by a fault.
+            unsafe { sys::drop_entries(spans) }
+        })
     }
 }
 

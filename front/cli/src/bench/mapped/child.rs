@@ -26,7 +26,7 @@ const SMALL_MAX: usize = 24;
 /// A mapping, by whomever.
 enum Map {
     Kernel(FileMap),
-    Ours(Mapping),
+    Ours(Box<Mapping>),
 }
 
 impl Map {
@@ -114,7 +114,7 @@ impl Source {
                     .access(MapAccess::Write)
                     .delivery(*delivery);
                 let map = file.map(0..size, &options)?;
-                Ok(Map::Ours(map))
+                Ok(Map::Ours(Box::new(map)))
             }
         }
     }
