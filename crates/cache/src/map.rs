@@ -14,6 +14,7 @@
 mod around;
 
 use std::ops::Range;
+use std::slice;
 use std::sync::Arc;
 
 use pinfold_base::{Errno, PAGE_SIZE};
@@ -548,10 +549,17 @@ impl FilePages {
             let folio = moving.by_hand();
             return self.install_here(folio, around, service).map(Tried::Done);
         }
-        if !self.track(page, service) {
+        let asks = service.signal && self.may_hide_stores(&folio, service);
+        if asks || !self.track(page, service) {
             return Ok(Tried::Stuck);
         }
         self.install_here(folio, around, service).map(Tried::Done)
+    }
+
+    /// Tells whether installing a locked page may hide a store that nobody knows of yet. It had an entry; if the program has
+    /// taken that away (`MADV_DONTNEED`), all that tells of a store is that there is no mark, and a new entry would be one.
+    fn may_hide_stores(&self, folio: &Folio<'_>, service: Service<'_>) -> bool {
+        service.tracked() && folio.state() & (UMAP_ASYNC | DIRTY) == UMAP_ASYNC
     }
 
     /// Lists a locked page among those that may be stored to without notice, before an entry lets that happen; false where
@@ -623,6 +631,9 @@ impl FilePages {
         let page = folio.page();
         let pages = page..page + 1;
         let target = service.target;
+        if self.may_hide_stores(&folio, service) {
+            self.look_for_stores(slice::from_ref(&folio), false);
+        }
         if target.shared() {
             note_mapped(&folio, service.stores(), service);
         }

@@ -185,6 +185,27 @@ fn a_store_between_the_question_and_the_end_of_the_entry_is_not_lost() {
 }
 
 #[test]
+fn a_store_whose_entry_the_program_has_dropped_is_not_lost_when_the_page_is_mapped_again() {
+    with_program(16, |_, file, store, program| {
+        for page in 0..16 {
+            assert_eq!(program.load(page, 0), 0);
+        }
+        program.store(3, 0, 33);
+        program.store(9, 0, 99);
+        program.drop_entries(0..16);
+        // By its own fault, and as a neighbour.
+        assert_eq!(program.load(3, 0), 33);
+        assert_eq!(program.load(8, 0), 0);
+        assert_eq!(program.load(9, 0), 99);
+        file.write_back(0..u64::MAX, Mode::Integrity).unwrap();
+        let stored = |page: usize| store.bytes()[page * PAGE];
+        assert_eq!((stored(3), stored(9)), (33, 99));
+        // Once looked at, what was not stored to is clean.
+        assert_eq!(file.next_known_dirty(0), None);
+    });
+}
+
+#[test]
 fn t53_every_store_is_in_the_store_when_the_sync_after_it_has_ended() {
     with_program(8, |_, file, store, program| {
         program.serve_more();

@@ -82,7 +82,7 @@ impl FilePages {
             let left = page..end;
             let mut run: SmallVec<[Folio<'_>; RUN_MAX]> = SmallVec::new();
             while run.len() < RUN_MAX.min((end - page) as usize) {
-                let Some(folio) = self.neighbour_here(page + run.len() as u64) else {
+                let Some(folio) = self.neighbour_here(page + run.len() as u64, service) else {
                     break;
                 };
                 run.push(folio);
@@ -127,11 +127,11 @@ impl FilePages {
     }
 
     /// Locks a page of the window that may be installed.
-    fn neighbour_here(&self, page: u64) -> Option<Folio<'_>> {
+    fn neighbour_here(&self, page: u64, service: Service<'_>) -> Option<Folio<'_>> {
         match self.try_lock(page) {
             Attempt::Locked(folio) => {
                 let fit = folio.is_uptodate() && folio.in_window() && page < self.pages_end();
-                fit.then_some(folio)
+                (fit && !self.may_hide_stores(&folio, service)).then_some(folio)
             }
             Attempt::Busy(_) | Attempt::Gone => None,
         }

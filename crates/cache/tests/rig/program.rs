@@ -121,6 +121,11 @@ impl Program {
         self.inner.late.store(byte, Ordering::Relaxed);
     }
 
+    /// Takes pages' entries away behind the library's back, as a program does with `MADV_DONTNEED`.
+    pub fn drop_entries(&self, pages: Range<u64>) {
+        self.inner.map().drop_entries(pages).unwrap();
+    }
+
     /// Returns how many faults were taken so far.
     pub fn faults(&self) -> u64 {
         self.inner.faults.load(Ordering::Relaxed)
