@@ -2,6 +2,7 @@
 
 use std::io::{IoSlice, IoSliceMut, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
@@ -95,9 +96,9 @@ pub struct Machine {
 }
 
 pub struct Files {
-    pub buffered: File,
+    pub buffered: Arc<File>,
     appending: File,
-    pub direct: File,
+    pub direct: Arc<File>,
     pub other: File,
 }
 
@@ -198,9 +199,9 @@ impl Machine {
         let open = |options: OpenOptions| said("open", volume.open(NAME, &options));
         self.files = Some(Files {
             other: said("open", volume.open(OTHER, &options))?,
-            buffered: open(options)?,
+            buffered: Arc::new(open(options)?),
             appending: open(options.append(true))?,
-            direct: open(options.direct(true))?,
+            direct: Arc::new(open(options.direct(true))?),
         });
         Ok(())
     }

@@ -7,14 +7,14 @@
 use std::ops::Range;
 use std::os::fd::AsRawFd as _;
 
-use pinfold::{Advice, Errno, File, MapAccess, MapOptions, Mapping};
+use pinfold::{Advice, Errno, File, MapAccess, MapOptions, Mapping, Tracking};
 
 use super::machine::{Machine, Outcome, PAGE, said, same};
 use super::program::{Op, SIZE_MAX, Verb};
 
 /// One mapping, and which pages of the file it shows.
-struct Map {
-    mapping: Mapping,
+pub struct Map {
+    pub mapping: Mapping,
     first: u64,
     live: Vec<bool>,
 }
@@ -31,6 +31,15 @@ pub struct Maps {
 }
 
 impl Maps {
+    /// Takes the mapping for stores out, to work on everything else beside it.
+    pub fn take_shared(&mut self) -> Option<Map> {
+        self.shared.take()
+    }
+
+    pub fn put_shared(&mut self, map: Map) {
+        self.shared = Some(map);
+    }
+
     /// Notes that the file was cut off at `end`: copies of what lies beyond are gone.
     pub fn cut_copies(&mut self, end: u64) {
         if !end.is_multiple_of(PAGE) {
@@ -83,16 +92,16 @@ impl Map {
         start..end.min(bytes.end)
     }
 
-    fn at(&self, byte: u64) -> usize {
+    pub fn at(&self, byte: u64) -> usize {
         (byte - self.first * PAGE) as usize
     }
 
-    fn addr(&self, byte: u64) -> *mut u8 {
+    pub fn addr(&self, byte: u64) -> *mut u8 {
         self.mapping.as_mut_ptr().wrapping_add(self.at(byte))
     }
 
     /// Loads bytes as a program does.
-    fn load(&self, bytes: &Range<u64>) -> Vec<u8> {
+    pub fn load(&self, bytes: &Range<u64>) -> Vec<u8> {
         let mut target = vec![0; (bytes.end - bytes.start) as usize];
         // SAFETY: `mapped` gave the range; `target` is as long.
         unsafe {
@@ -188,7 +197,7 @@ impl Machine {
             Verb::ReadOther => self.read_other(op),
             Verb::OtherWrites => self.other_writes(op),
             Verb::OtherReads => self.other_reads(op),
-            _ => unreachable!("the machine's own"),
+            _ => self.mixed_step(op, tag),
         }
     }
 
@@ -213,8 +222,13 @@ impl Machine {
     fn map_anew(&mut self, access: MapAccess, bytes: &Range<u64>) -> Outcome {
         let first = bytes.start / PAGE;
         let end = bytes.end.max(first * PAGE + 1);
+        // Every third one is told of first stores by faults, every third one looks for them where that is possible.
+        let tracking = [Tracking::Auto, Tracking::Sync, Tracking::Async][(first % 3) as usize];
         let options = MapOptions::new().access(access).delivery(self.delivery());
-        let mapping = self.files().buffered.map(first * PAGE..end, &options);
+        let file = &self.files().buffered;
+        let mapping = file
+            .map(first * PAGE..end, &options.tracking(tracking))
+            .or_else(|_| file.map(first * PAGE..end, &options));
         let map = Map {
             mapping: said("map", mapping)?,
             first,
@@ -232,7 +246,7 @@ impl Machine {
     }
 
     /// Returns what of `bytes` a mapping shows, up to the end of the file.
-    fn part(
+    pub fn part(
         &mut self,
         access: MapAccess,
         bytes: &Range<u64>,
@@ -569,7 +583,7 @@ impl Machine {
         Ok(())
     }
 
-    fn other_map(&mut self) -> Result<&Mapping, String> {
+    pub fn other_map(&mut self) -> Result<&Mapping, String> {
         if self.maps.other.is_none() {
             let options = MapOptions::new()
                 .access(MapAccess::Write)

@@ -125,6 +125,22 @@ verbs! {
     OtherWrites "other-writes" 4,
     /// Reads the other file into the mapping of this.
     OtherReads "other-reads" 3,
+    /// Writes them from plain memory and two files' mappings in one call.
+    WriteMixed "write-mixed" 4,
+    /// Reads them into the same.
+    ReadMixed "read-mixed" 4,
+    /// Writes what can be written without waiting.
+    WriteNowait "write-nowait" 3,
+    /// Reads what can be read without waiting.
+    ReadNowait "read-nowait" 3,
+    /// Writes them durably.
+    WriteDurable "write-durable" 2,
+    /// Writes and reads whole pages around the cache, both under way at once, with other calls beside them.
+    Submit "submit" 4,
+    /// The same from and to the mapping of another file.
+    SubmitMapped "submit-mapped" 4,
+    /// Keeps whole pages pinned while calls go over them.
+    WhilePinned "while-pinned" 5,
 }
 
 /// One operation.

@@ -1,6 +1,7 @@
 //! Several threads on one file: each writes a range of its own, which ends in the middle of pages, by calls and by stores
-//! through mappings, from its own memory and from another mapping, while others read and load everything, sync, drop the
-//! cache and the mappings' entries, and cut and grow what lies behind.
+//! through mappings, around the cache, over pages that it pins, from its own memory and from another mapping, while others
+//! read and load everything, sync, drop the cache and the mappings' entries, map and unmap, and cut, grow and punch what
+//! lies behind.
 //!
 //! Every byte of a range carries its owner's version. A reader may meet any version between the last one that was
 //! complete when it began and the last one that was begun when it ended, in any mixture (writes are not atomic), but
@@ -9,7 +10,10 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use pinfold::{Advice, Delivery, File, MapAccess, MapOptions, Mapping, OpenOptions, Volume};
+use pinfold::{
+    Advice, AlignedBuf, Delivery, File, MapAccess, MapOptions, Mapping, OpenOptions, Tracking,
+    Volume,
+};
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng as _};
 
@@ -17,11 +21,15 @@ use rand::{Rng as _, SeedableRng as _};
 const BORDERS: &[u64] = &[0, 4096, 10_000, 10_100, 200_000, 262_144, 400_001];
 /// Versions that each owner writes; they fit a byte together with the owner's number.
 const VERSIONS: u64 = 30;
+const PAGE: u64 = 4096;
+/// Bytes that an owner pins at most: all of them together must leave room.
+const PINNED_MAX: usize = 2 * 4096;
 /// A round that takes so long hangs.
 const ROUND_MAX: Duration = Duration::from_secs(120);
 
 struct Shared {
     file: File,
+    direct: File,
     /// One of each delivery, over more than the file.
     maps: [Mapping; 2],
     /// Per owner: the last version begun, and the last one complete.
@@ -63,6 +71,7 @@ fn watched_round(seed: u64, pages: u64) {
     };
     let shared = Shared {
         maps: [map(Delivery::Handler), map(Delivery::Inline)],
+        direct: volume.open("file", &options.direct(true)).unwrap(),
         file,
         begun: (0..owners).map(|_| AtomicU64::new(0)).collect(),
         complete: (0..owners).map(|_| AtomicU64::new(0)).collect(),
@@ -129,8 +138,17 @@ impl Shared {
     /// Writes by a call, by stores, or by a call from mapped memory.
     fn write(&self, rng: &mut SmallRng, at: u64, source: &[u8]) {
         let map = self.map(rng);
-        let wrote = match rng.random_range(0..4) {
+        let wrote = match rng.random_range(0..6) {
             0 => self.file.write_at(source, at).unwrap(),
+            4 => self.write_direct(at, source),
+            5 if source.len() <= PINNED_MAX => {
+                // Others may have pinned what may be pinned.
+                let pinned = map.pin(at as usize..at as usize + source.len(), true);
+                let wrote = map.write(at as usize, source).unwrap();
+                drop(pinned);
+                wrote
+            }
+            5 => self.file.write_at(source, at).unwrap(),
             1 => map.write(at as usize, source).unwrap(),
             2 => {
                 // SAFETY: inside the mapping; nobody holds references into it.
@@ -153,10 +171,43 @@ impl Shared {
         assert_eq!(wrote, source.len());
     }
 
+    /// Writes whole pages around the cache, and the edges through it.
+    fn write_direct(&self, at: u64, source: &[u8]) -> usize {
+        let end = at + source.len() as u64;
+        let (first, last) = (at.next_multiple_of(PAGE), end / PAGE * PAGE);
+        if first >= last {
+            return self.file.write_at(source, at).unwrap();
+        }
+        let (head, rest) = source.split_at((first - at) as usize);
+        let (whole, tail) = rest.split_at((last - first) as usize);
+        let mut aligned = AlignedBuf::zeroed(whole.len());
+        let aligned = &mut aligned.as_mut_slice()[..whole.len()];
+        aligned.copy_from_slice(whole);
+        self.file.write_at(head, at).unwrap()
+            + self.direct.write_at(aligned, first).unwrap()
+            + self.file.write_at(tail, last).unwrap()
+    }
+
+    /// Reads whole pages around the cache.
+    fn read_direct(&self, at: u64, target: &mut [u8]) -> usize {
+        let first = at / PAGE * PAGE;
+        let skip = (at - first) as usize;
+        let len = (skip + target.len()).next_multiple_of(PAGE as usize);
+        let mut aligned = AlignedBuf::zeroed(len);
+        let got = self
+            .direct
+            .read_at(&mut aligned.as_mut_slice()[..len], first)
+            .unwrap();
+        let there = got.saturating_sub(skip).min(target.len());
+        target[..there].copy_from_slice(&aligned.as_mut_slice()[skip..skip + there]);
+        there
+    }
+
     /// Reads by a call or by loads.
     fn read(&self, rng: &mut SmallRng, at: u64, target: &mut [u8]) {
         let map = self.map(rng);
-        let got = match rng.random_range(0..3) {
+        let got = match rng.random_range(0..4) {
+            3 => self.read_direct(at, target),
             0 => self.file.read_at(target, at).unwrap(),
             1 => map.read(at as usize, target).unwrap(),
             _ => {
@@ -234,7 +285,24 @@ fn disturb(shared: &Shared, seed: u64) {
         let map = shared.map(&mut rng);
         let end = BORDERS[BORDERS.len() - 1];
         let from = rng.random_range(0..end as usize);
-        match rng.random_range(0..7) {
+        match rng.random_range(0..11) {
+            7 => shared.file.write_back(from as u64..end).unwrap(),
+            8 => {
+                let pattern = [Advice::Random, Advice::Sequential, Advice::WillNeed];
+                map.advise(pattern[from % 3], from..end as usize).unwrap();
+            }
+            9 => shared
+                .file
+                .punch(end.next_multiple_of(PAGE)..2 * end)
+                .unwrap(),
+            10 => {
+                let tracking = [Tracking::Auto, Tracking::Sync][from % 2];
+                let access = [MapAccess::Read, MapAccess::Write, MapAccess::Private][from % 3];
+                let options = MapOptions::new().access(access).tracking(tracking);
+                let start = from as u64 / PAGE * PAGE;
+                let passing = shared.file.map(start..end, &options).unwrap();
+                passing.read(0, &mut [0; 100]).unwrap();
+            }
             0 => shared.file.sync_data().unwrap(),
             1 => shared.file.sync_all().unwrap(),
             2 => shared.file.drop_cache().unwrap(),
