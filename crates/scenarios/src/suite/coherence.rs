@@ -65,6 +65,11 @@ pub(super) const SCENARIOS: &[Scenario] = &[
                 check: "what was written",
                 why: OVERWRITES,
             },
+            Known {
+                kind: Kind::Fuse,
+                check: "what was written",
+                why: OVERWRITES,
+            },
         ],
         seconds_max: 60,
         run: enotblk,

@@ -26,6 +26,21 @@ pub(super) const SCENARIOS: &[Scenario] = &[
                 check: "unaligned",
                 why: BUFFERED,
             },
+            Known {
+                kind: Kind::Btrfs,
+                check: "unaligned memory",
+                why: BUFFERED,
+            },
+            Known {
+                kind: Kind::Tmpfs,
+                check: "unaligned memory",
+                why: BUFFERED,
+            },
+            Known {
+                kind: Kind::Fuse,
+                check: "unaligned memory",
+                why: COPIED,
+            },
         ],
         seconds_max: 30,
         run: align,
@@ -145,6 +160,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
+const COPIED: &str =
+    "a FUSE request carries the bytes, and no address of the caller's memory that could be refused";
 const BUFFERED: &str = "what is not aligned is done through the cache";
 const ZEROES: &str = "the rest of the buffer is zeroed";
 const WHOLE: &str = "a transfer that meets bad memory is EFAULT, although a prefix was moved";
@@ -178,7 +195,12 @@ fn align(cx: &Context<'_>) -> Result<(), Stop> {
                 direct.write(&memory.iov(bytes.clone()), At::Offset(offset), How::PLAIN),
             ),
         ] {
-            cx.check("unaligned", moved == Err(Errno::EINVAL), || {
+            let what = if bytes.start == 0 {
+                "unaligned"
+            } else {
+                "unaligned memory"
+            };
+            cx.check(what, moved == Err(Errno::EINVAL), || {
                 format!("{direction} of bytes {bytes:?} at {offset}: {moved:?}")
             });
         }

@@ -28,14 +28,29 @@ pub(super) const SCENARIOS: &[Scenario] = &[
                 why: SHOWS,
             },
             Known {
+                kind: Kind::Fuse,
+                check: "the gap",
+                why: TAIL,
+            },
+            Known {
                 kind: Kind::Tmpfs,
                 check: "the gap as mapped",
                 why: SHOWS,
             },
             Known {
+                kind: Kind::Fuse,
+                check: "the gap as mapped",
+                why: TAIL,
+            },
+            Known {
                 kind: Kind::Tmpfs,
                 check: "the gap when stored",
                 why: SHOWS,
+            },
+            Known {
+                kind: Kind::Fuse,
+                check: "the gap when stored",
+                why: TAIL,
             },
         ],
         seconds_max: 60,
@@ -52,9 +67,19 @@ pub(super) const SCENARIOS: &[Scenario] = &[
                 why: SHOWS,
             },
             Known {
+                kind: Kind::Fuse,
+                check: "grown over a store",
+                why: TAIL,
+            },
+            Known {
                 kind: Kind::Tmpfs,
                 check: "grown over a store, as mapped",
                 why: SHOWS,
+            },
+            Known {
+                kind: Kind::Fuse,
+                check: "grown over a store, as mapped",
+                why: TAIL,
             },
         ],
         seconds_max: 60,
@@ -72,11 +97,18 @@ pub(super) const SCENARIOS: &[Scenario] = &[
         number: "T54",
         name: "trunc_vs_fault",
         claim: "beside truncation an access is served or SIGBUS; past the end it is SIGBUS, and regrown bytes are zeros",
-        known: &[Known {
-            kind: Kind::Tmpfs,
-            check: "regrown bytes",
-            why: SHOWS,
-        }],
+        known: &[
+            Known {
+                kind: Kind::Tmpfs,
+                check: "regrown bytes",
+                why: SHOWS,
+            },
+            Known {
+                kind: Kind::Fuse,
+                check: "regrown bytes",
+                why: TAIL,
+            },
+        ],
         seconds_max: 120,
         run: trunc_vs_fault,
     },
@@ -134,6 +166,8 @@ pub(super) const SCENARIOS: &[Scenario] = &[
     },
 ];
 
+const TAIL: &str = "the kernel's FUSE tells of the new size first and then writes the page, with what a mapping stored behind \
+                    the old end";
 const SHOWS: &str = "tmpfs has no store but its pages: what a mapping put behind the end is still there when the end moves";
 
 /// The check of T67 that a collision spoils.
