@@ -1,4 +1,4 @@
-//! Valid pages that somebody uses: by reference for a copy, or lent out.
+//! Valid pages that somebody uses: by reference for a copy of our own, or lent out, pinned, for a transfer.
 //!
 //! *Owns*: the references, given back by `Drop`; the share of the frames that may be lent.
 //!
@@ -15,7 +15,8 @@ use pinfold_mem::{AlignedBuf, CopyStop, Frame, IoSpan, IovCursor, Segments};
 use smallvec::SmallVec;
 
 use crate::file::FilePages;
-use crate::state::RefOutcome;
+use crate::pin::PagePin;
+use crate::state::{PinKind, RefOutcome};
 
 /// At most one frame in so many is lent out at a time.
 const LENT_SHARE: usize = 4;
@@ -53,6 +54,12 @@ impl<'a> PageRef<'a> {
         self.file.homes().addr(self.frame, self.page)
     }
 
+    /// Returns the page's number.
+    #[must_use]
+    pub fn page(&self) -> u64 {
+        self.page
+    }
+
     /// Returns the page's frame.
     #[must_use]
     pub fn frame(&self) -> Frame {
@@ -87,14 +94,15 @@ impl Drop for PageRef<'_> {
     }
 }
 
-/// Pages lent out for a transfer the cache does not run: a reply on a FUSE device, say.
+/// Pages lent out for a transfer the cache does not run: a reply on a FUSE device, say. Pinned as for a device (section E),
+/// and counted so: whoever reads them is not the cache.
 ///
 /// Whoever drops or replaces pages (truncation, punches, direct writes) waits for leases of them, so the holder of one
 /// must not wait for anything of the same cache.
 #[derive(Debug)]
 pub struct Lease {
     file: Arc<FilePages>,
-    frames: SmallVec<[Frame; 32]>,
+    pins: SmallVec<[PagePin; 32]>,
     /// Pages this lease was promised, given back when it ends.
     promised: usize,
     segments: Segments,
@@ -115,7 +123,7 @@ impl Lease {
             .ok()?;
         Some(Self {
             file: Arc::clone(file),
-            frames: SmallVec::new(),
+            pins: SmallVec::new(),
             promised: pages,
             segments: file.homes().segments(),
         })
@@ -126,25 +134,27 @@ impl Lease {
     pub fn of_copy(file: &Arc<FilePages>, copy: AlignedBuf, len: usize) -> Self {
         Self {
             file: Arc::clone(file),
-            frames: SmallVec::new(),
+            pins: SmallVec::new(),
             promised: 0,
             segments: Segments::of_buf(&Arc::new(copy), len),
         }
     }
 
-    /// Adds bytes `at .. at + len` of a page.
-    pub fn push(&mut self, page: PageRef<'_>, at: usize, len: usize) {
+    /// Adds bytes `at .. at + len` of a page, which is pinned from here on; false when somebody is changing the page, or it has
+    /// as many pins as it may have.
+    #[must_use]
+    pub fn push(&mut self, page: PageRef<'_>, at: usize, len: usize) -> bool {
         debug_assert!(
             std::ptr::eq(page.file, &raw const *self.file),
             "a lease is of one file"
         );
-        debug_assert!(self.frames.len() < self.promised, "more than was reserved");
-        self.file
-            .homes()
-            .push(&mut self.segments, page.frame, page.page, at, len);
-        self.frames.push(page.frame);
-        // The reference lives on in `frames`.
-        std::mem::forget(page);
+        debug_assert!(self.pins.len() < self.promised, "more than was reserved");
+        let Ok(pin) = self.file.pin_found(page, PinKind::Read) else {
+            return false;
+        };
+        pin.push(&mut self.segments, at, len);
+        self.pins.push(pin);
+        true
     }
 
     /// Returns the bytes, in file order. They may change while they are read, as a page in the kernel's cache may.
@@ -168,14 +178,10 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
+        self.pins.clear();
         self.file
             .cache()
             .lent_pages
             .fetch_sub(self.promised, Ordering::Relaxed);
-        for &frame in &self.frames {
-            if self.file.cache().header(frame).state.unref() {
-                self.file.cache().after_unref(frame);
-            }
-        }
     }
 }

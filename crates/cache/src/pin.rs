@@ -29,6 +29,7 @@ use crate::CacheError;
 use crate::file::FilePages;
 use crate::folio::Folio;
 use crate::index::Key;
+use crate::lease::PageRef;
 use crate::map::{MapOutcome, MapTarget};
 use crate::state::{PinKind, pins};
 
@@ -344,6 +345,25 @@ impl FilePages {
             }
         }
         Err(PinRefusal::Cold)
+    }
+
+    /// Pins a page for one transfer in place of a reference to it. Waits for nobody, as [`FilePages::try_pin`].
+    ///
+    /// # Errors
+    /// [`PinRefusal`]; the reference has been given back then.
+    #[track_caller]
+    pub fn pin_found(
+        self: &Arc<Self>,
+        found: PageRef<'_>,
+        kind: PinKind,
+    ) -> Result<PagePin, PinRefusal> {
+        let (page, frame) = (found.page(), found.frame());
+        // Dropped at the end: the page has one of the two all along.
+        match self.cache().header(frame).state.pin_ready(kind) {
+            Ok(_) => Ok(self.pinned(page, frame, kind, Term::Transfer)),
+            Err(Errno::ENOMEM) => Err(PinRefusal::TooMany),
+            Err(_) => Err(PinRefusal::Cold),
+        }
     }
 
     #[track_caller]

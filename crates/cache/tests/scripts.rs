@@ -216,8 +216,10 @@ fn leases_leave_frames_for_others() {
         let mut lease = Lease::reserve(&file, 16).unwrap();
         assert!(Lease::reserve(&file, 1).is_none());
         for page in 0..16 {
-            lease.push(file.read(page, &WANT).unwrap(), 0, PAGE);
+            assert!(lease.push(file.read(page, &WANT).unwrap(), 0, PAGE));
         }
+        let now = rig.cache.statistics();
+        assert_eq!(now.foll_pin_acquired - now.foll_pin_released, 16);
         for page in 16..64 {
             let _ = file.read(page, &WANT).unwrap();
         }

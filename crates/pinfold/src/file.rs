@@ -367,7 +367,9 @@ impl File {
             if n == 0 {
                 return None;
             }
-            lease.push(found, at, n as usize);
+            if !lease.push(found, at, n as usize) {
+                return Some(page);
+            }
             pos += n;
             if !pos.is_multiple_of(PAGE_SIZE) {
                 // The end, of the bytes or of the file. Were the file to grow now, this page would be lent twice,

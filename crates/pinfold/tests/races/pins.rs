@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use pinfold::testing::{DeferredObject, MemoryObject};
-use pinfold::{Errno, File, IoOptions, IovCursor, MEMORY_MIN, MapAccess, MapOptions, Mapping};
+use pinfold::{
+    Errno, File, IoOptions, IovCursor, Lease, MEMORY_MIN, MapAccess, MapOptions, Mapping,
+};
 use pinfold::{Object, OpenOptions, Volume};
 
 use crate::rig::{MOMENT, PATIENCE, all, read, within};
@@ -198,6 +200,40 @@ fn e3_e4_pinned_pages_are_not_evicted() {
             all(&read(&pair.mapped, 0, 4 * PAGE), new, "as stored");
             pair.at_rest();
         }
+    });
+}
+
+/// E-3, E-6: what is lent for a reply is pinned as for a device: no eviction takes the frame, and a hole waits until it is
+/// given back.
+#[test]
+fn e3_e6_what_is_lent_stays_until_it_is_given_back() {
+    within(PATIENCE, || {
+        let pair = Pair::new(256, MEMORY_MIN);
+        pair.slow_mapped.open();
+        let lease = pair.mapped.lend(0, 4 * PAGE).unwrap();
+        let counts = pair.volume.statistics().cache;
+        assert_eq!(counts.foll_pin_acquired - counts.foll_pin_released, 4);
+        let look = |lease: &Lease| {
+            for span in lease.spans() {
+                let mut bytes = vec![0; span.len()];
+                span.copy_to(0, &mut bytes);
+                all(&bytes, b'm', "lent");
+            }
+        };
+        for _ in 0..3 {
+            all(&read(&pair.mapped, 4 * P, 252 * PAGE), b'm', "others");
+        }
+        look(&lease);
+        std::thread::scope(|scope| {
+            let puncher = scope.spawn(|| pair.mapped.punch(0..4 * P));
+            std::thread::sleep(MOMENT);
+            assert!(!puncher.is_finished(), "punched under the lease");
+            look(&lease);
+            drop(lease);
+            puncher.join().unwrap().unwrap();
+        });
+        all(&read(&pair.mapped, 0, 4 * PAGE), 0, "the hole");
+        pair.at_rest();
     });
 }
 
