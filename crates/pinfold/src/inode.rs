@@ -356,6 +356,7 @@ impl Inode {
             self.cut_locked(old, len)?;
         } else {
             self.pages.zero_past_end(old);
+            let _settled = self.pages.lock_settled(old / PAGE_SIZE);
             self.object()
                 .set_len(len)
                 .map_err(|error| Error::store("set the size of", error))?;
@@ -370,6 +371,9 @@ impl Inode {
 
     /// Makes the file shorter: the size, the store, the pages, with the gate blocked.
     ///
+    /// Where it does not cut, a kernel's file system zeroes the rest of the last block in its own cache and does not wait for a
+    /// direct write of that block: the two collide, and EIO is left for the next sync. So none is under way then.
+    ///
     /// The store before the pages: a direct read, which takes no lock, would find older bytes there once newer ones were
     /// dropped. And a store that refuses has lost nothing.
     fn cut_locked(&self, old: u64, len: u64) -> Result<()> {
@@ -383,6 +387,7 @@ impl Inode {
         self.pages.truncate(len);
         if newer {
             // A transfer that was under way may have made the stored file longer again; the pages waited for it.
+            let _settled = self.pages.lock_settled(len / PAGE_SIZE);
             self.object().set_len(len).map_err(told)?;
         }
         Ok(())

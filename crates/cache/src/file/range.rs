@@ -106,6 +106,14 @@ impl FilePages {
         true
     }
 
+    /// Locks a cached page with no transfer of it under way: until it is unlocked none begins.
+    #[must_use]
+    pub fn lock_settled(&self, page: u64) -> Option<Folio<'_>> {
+        let folio = self.lock(page)?;
+        folio.wait_writeback();
+        Some(folio)
+    }
+
     /// Zeroes what a cached page holds past the file's end without making it dirty (INV7). Stores through mappings that
     /// come later wait for the lock: they are the new size's.
     pub fn zero_past_end(&self, end: u64) {
