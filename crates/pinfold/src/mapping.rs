@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use pinfold_base::{Errno, PAGE_SIZE, Progress};
-use pinfold_cache::{MapOutcome, PagePin, PinKind};
+use pinfold_cache::{Harvest, MapOutcome, PagePin, PinKind};
 use pinfold_fault::{MapRequest, Placed};
 use pinfold_mem::{self as mem, CopyStop, Delivery, Expecting, Quiet, UserMapKind};
 use pinfold_store::{Seek, SyncScope};
@@ -434,6 +434,10 @@ impl Mapping {
             Advice::Normal | Advice::Random | Advice::Sequential => self.placed.set_pattern(advice),
             Advice::WillNeed | Advice::DontNeed if bytes.is_empty() => {}
             Advice::WillNeed => self.placed.pages().will_need(pages),
+            // Who drops an entry drops what the kernel remembers of stores through it: they are found on the way.
+            Advice::DontNeed if self.placed.is_tracked() => {
+                self.placed.pages().harvest(pages, Harvest::Withdraw);
+            }
             Advice::DontNeed => self
                 .placed
                 .drop_entries(pages)

@@ -75,13 +75,11 @@ impl Machine {
         let (mapped, part) = self.mapped_apart(&target, third)?;
         let other = 0..third.min(self.other.len() as u64);
         let theirs = self.other_map()?.as_mut_ptr();
-        // SAFETY: both are mapped; the call makes raw copies.
-        let (mapped, theirs) = unsafe {
-            (
-                std::slice::from_raw_parts(mapped, (part.end - part.start) as usize),
-                std::slice::from_raw_parts(theirs, other.end as usize),
-            )
-        };
+        // SAFETY: mapped; the call makes raw copies.
+        let mapped =
+            unsafe { std::slice::from_raw_parts(mapped, (part.end - part.start) as usize) };
+        // SAFETY: as above.
+        let theirs = unsafe { std::slice::from_raw_parts(theirs, other.end as usize) };
         let bufs = [
             IoSlice::new(&plain),
             IoSlice::new(mapped),
@@ -105,13 +103,11 @@ impl Machine {
         let (mapped, part) = self.mapped_apart(&source, third)?;
         let other = 0..third.min(self.other.len() as u64);
         let theirs = self.other_map()?.as_mut_ptr();
-        // SAFETY: both are mapped for stores; the call makes raw copies.
-        let (mapped, theirs) = unsafe {
-            (
-                std::slice::from_raw_parts_mut(mapped, (part.end - part.start) as usize),
-                std::slice::from_raw_parts_mut(theirs, other.end as usize),
-            )
-        };
+        // SAFETY: mapped for stores; the call makes raw copies.
+        let mapped =
+            unsafe { std::slice::from_raw_parts_mut(mapped, (part.end - part.start) as usize) };
+        // SAFETY: as above.
+        let theirs = unsafe { std::slice::from_raw_parts_mut(theirs, other.end as usize) };
         let room = [plain.len(), mapped.len(), theirs.len()];
         let mut bufs = [
             IoSliceMut::new(&mut plain),
