@@ -89,8 +89,9 @@ fn plan(dir: &Path) -> Plan {
         scenarios,
         seed: 1,
         race: Duration::from_millis(300),
+        silence_max: Plan::SILENCE_MAX,
         // The server needs its turns as well, on a machine that may have many others.
-        silence_max: Duration::from_secs(60),
+        patience: 6,
         child: ChildCommand {
             program: env!("CARGO_BIN_EXE_pinfold").into(),
             args: vec!["torture".into(), "--child".into()],

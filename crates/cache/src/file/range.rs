@@ -11,7 +11,7 @@ use pinfold_base::PAGE_SIZE;
 
 use super::FilePages;
 use crate::cache::Header;
-use crate::folio::Going;
+use crate::folio::{Folio, Going};
 use crate::state::UPTODATE;
 
 /// Ranges up to this many pages are probed page by page rather than by a walk over all frames.
