@@ -63,7 +63,7 @@ fn the_kernel_and_the_library_stand_side_by_side() {
         "--pinfold",
         ours.path().to_str().unwrap(),
         "--only",
-        "T01,T08",
+        "T01,T65",
     ]);
     assert_eq!(output.status.code(), Some(0), "{}", said(&output));
     let shown = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -72,7 +72,9 @@ fn the_kernel_and_the_library_stand_side_by_side() {
         line.unwrap_or_else(|| panic!("no {number}: {shown}"))
     };
     assert_eq!(row("T01").matches("passed").count(), 5, "{shown}");
-    assert_eq!(row("T08").matches("skipped [").count(), 4, "{shown}");
+    // The kernel's locks are not ours to look at.
+    assert_eq!(row("T65").matches("skipped [").count(), 1, "{shown}");
+    assert_eq!(row("T65").matches("passed").count(), 4, "{shown}");
     assert!(row("A  ").contains("kernel on "), "{shown}");
     assert!(row("E  ").contains("64 MiB, inline on "), "{shown}");
 }
