@@ -2,7 +2,7 @@
 //!
 //! *Owns*: [`MemoryObject`], and three that wrap any object: [`FaultyObject`] (errors, short transfers, delays by rule),
 //! [`DeferredObject`] (transfers wait until the test lets them go: a race becomes a script), [`CrashingObject`] (what was
-//! not synced may be lost).
+//! not synced may be lost); a watchdog.
 //!
 //! *Does not own*: anything a product path uses.
 //!
@@ -14,11 +14,13 @@ mod crashing;
 mod deferred;
 mod faulty;
 mod memory;
+mod watchdog;
 
 pub use crashing::{CrashingObject, Survival};
 pub use deferred::{DeferredObject, Queued};
 pub use faulty::{Action, FaultyObject, On, Rule};
 pub use memory::MemoryObject;
+pub use watchdog::within;
 
 /// A reproducible sequence of numbers (splitmix64): the same on every machine and in every version.
 #[derive(Debug, Clone)]

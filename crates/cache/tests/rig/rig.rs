@@ -2,11 +2,12 @@
 #![allow(dead_code, reason = "each test uses its part")]
 
 use std::sync::Arc;
-use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use pinfold_cache::{Cache, CacheConfig, Census, FilePages, MEMORY_MIN, Want};
+
+pub use pinfold_store::testing::within;
 
 pub const PAGE: usize = 4096;
 /// How long anything that is not stuck takes at most, however busy the machine.
@@ -19,25 +20,6 @@ pub const WANT: Want<'static> = Want {
     ahead: None,
     nowait: false,
 };
-
-/// Runs `body` in a thread; ends the whole run when it hangs: at a plain failure the process would write its volumes back
-/// before it ends, and hang as well.
-pub fn within<R: Send + 'static>(limit: Duration, body: impl FnOnce() -> R + Send + 'static) -> R {
-    let (tell, told) = mpsc::channel();
-    let thread = std::thread::spawn(move || {
-        let result = body();
-        let _ = tell.send(());
-        result
-    });
-    if told.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
-        eprintln!("{:?} hangs", std::thread::current().name());
-        std::process::abort();
-    }
-    match thread.join() {
-        Ok(result) => result,
-        Err(panic) => std::panic::resume_unwind(panic),
-    }
-}
 
 /// A cache with its flusher.
 pub struct Rig {

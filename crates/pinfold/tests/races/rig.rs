@@ -1,34 +1,16 @@
 //! A volume with one file over a store of the test's making, and a watchdog.
 
 use std::sync::Arc;
-use std::sync::mpsc;
 use std::time::Duration;
 
 use pinfold::{File, MEMORY_MIN, Object, OpenOptions, Volume};
+
+pub use pinfold::testing::within;
 
 /// How long anything that is not stuck takes at most, however busy the machine.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 /// Long enough for a thread that is not held up to have gone on.
 pub const MOMENT: Duration = Duration::from_millis(100);
-
-/// Runs `body` in a thread; ends the whole run when it hangs: at a plain failure the process would write its volumes back
-/// before it ends, and hang as well.
-pub fn within<R: Send + 'static>(limit: Duration, body: impl FnOnce() -> R + Send + 'static) -> R {
-    let (tell, told) = mpsc::channel();
-    let thread = std::thread::spawn(move || {
-        let result = body();
-        let _ = tell.send(());
-        result
-    });
-    if told.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
-        eprintln!("{:?} hangs", std::thread::current().name());
-        std::process::abort();
-    }
-    match thread.join() {
-        Ok(result) => result,
-        Err(panic) => std::panic::resume_unwind(panic),
-    }
-}
 
 /// A volume whose only file is stored in an object of the test's making.
 pub struct Rig {
