@@ -13,13 +13,13 @@ mod range;
 
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
-use pinfold_base::PAGE_SIZE;
 use pinfold_base::roomy::{self, Roomy};
 use pinfold_base::sync::{Mutex, MutexGuard};
+use pinfold_base::{Errno, PAGE_SIZE};
 use pinfold_mem::{Frame, Homes, Window, clock};
 use pinfold_store::Object;
 
@@ -41,6 +41,13 @@ const PAGE: usize = PAGE_SIZE as usize;
 const WINDOW_PAGES_MAX: u64 = 1024;
 /// Groups of pages that room is kept for when a file has become clean: those of a gigabyte of neighbouring pages.
 const SPARE_MAX: usize = 4096;
+
+/// Pages may be filled.
+const OPEN: u8 = 0;
+/// The right to cache is another's (INV6).
+const CLOSED: u8 = 1;
+/// It was lost, for good.
+const ENDED: u8 = 2;
 
 /// The next file's number.
 static NEXT_FILE: AtomicU64 = AtomicU64::new(1);
@@ -89,6 +96,9 @@ pub struct FilePages {
     /// One more than the highest page ever cached.
     high: AtomicU64,
     gate: Gate,
+    /// Whether pages may be filled: [`OPEN`], [`CLOSED`], [`ENDED`]. Pages are added under the gate by those who have
+    /// looked; it is blocked while this is changed from open.
+    admission: AtomicU8,
     /// Waited for in signal handlers: nobody allocates under it.
     dirty: Mutex<DirtyState>,
     /// When stores were found that nobody had been told of, until the owner asks; 0: none.
@@ -142,6 +152,7 @@ impl FilePages {
             end: AtomicU64::new(end),
             high: AtomicU64::new(0),
             gate: Gate::default(),
+            admission: AtomicU8::new(OPEN),
             dirty: Mutex::new(DirtyState::default()),
             stored_to_ns: AtomicU64::new(0),
             errors: ErrSeq::default(),
@@ -230,6 +241,49 @@ impl FilePages {
     /// Sets the file's size. The caller excludes other changes of it and has zeroed what that makes visible (INV7).
     pub fn set_end(&self, end: u64) {
         self.end.store(end, Ordering::Release);
+    }
+
+    /// Ends caching until [`FilePages::reopen`]: every page is dropped, dirty or not, once nobody uses it, and nothing is
+    /// read ahead. For whoever gives the right to cache away: no call that fills pages is under way or begins meanwhile.
+    pub fn close(&self) {
+        self.shut(CLOSED);
+        self.discard(0..u64::MAX);
+    }
+
+    /// Ends caching for good: the right to it was lost. Calls under way fail at their next page; what the program has pinned
+    /// for itself stays until it lets go.
+    pub fn abandon(&self) {
+        self.shut(ENDED);
+        self.discard_unkept();
+    }
+
+    fn shut(&self, how: u8) {
+        let _blocked = self.gate.block();
+        self.admission.fetch_max(how, Ordering::AcqRel);
+    }
+
+    /// Allows pages to be filled again.
+    #[inline]
+    pub fn reopen(&self) {
+        if self.is_closed() {
+            let _ended =
+                self.admission
+                    .compare_exchange(CLOSED, OPEN, Ordering::AcqRel, Ordering::Acquire);
+        }
+    }
+
+    /// Tells whether pages may not be filled; asked with the right to add them.
+    #[inline]
+    pub(crate) fn is_closed(&self) -> bool {
+        self.admission.load(Ordering::Acquire) != OPEN
+    }
+
+    /// Refuses to add pages that nobody has the right to cache.
+    pub(crate) fn may_fill(&self) -> Result<(), CacheError> {
+        if self.is_closed() {
+            return Err(CacheError::Refused(Errno::EIO));
+        }
+        Ok(())
     }
 
     /// Tells whether any page waits to be stored or is being stored, or may have been stored to without notice.
@@ -500,6 +554,7 @@ impl FilePages {
             } else {
                 self.gate.add()
             };
+            self.may_fill()?;
             let frame = if nowait {
                 self.cache
                     .try_take_frames(1)

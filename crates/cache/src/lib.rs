@@ -85,6 +85,8 @@ pub enum CacheError {
     Unmappable(WindowError),
     /// So many transfers use the page that no more can be counted.
     TooManyPins,
+    /// Whoever decides whether the file may be cached refused.
+    Refused(Errno),
 }
 
 impl CacheError {
@@ -99,6 +101,7 @@ impl CacheError {
             Self::Window(errno) => *errno,
             Self::Unmappable(error) => error.errno(),
             Self::TooManyPins => Errno::ENOMEM,
+            Self::Refused(errno) => *errno,
         }
     }
 }
@@ -115,6 +118,7 @@ impl fmt::Display for CacheError {
             Self::Window(errno) => write!(f, "the system refused memory for a mapping: {errno}"),
             Self::Unmappable(error) => error.fmt(f),
             Self::TooManyPins => f.write_str("too many transfers use one page"),
+            Self::Refused(errno) => write!(f, "the file may not be used: {errno}"),
         }
     }
 }
@@ -128,7 +132,8 @@ impl std::error::Error for CacheError {
             | Self::Interrupted
             | Self::Window(_)
             | Self::Unmappable(_)
-            | Self::TooManyPins => None,
+            | Self::TooManyPins
+            | Self::Refused(_) => None,
         }
     }
 }

@@ -51,8 +51,18 @@ const PAUSE_MAX: Duration = Duration::from_millis(200);
 pub enum Mode {
     /// ALL: every page dirty at the start, and every write-back under way then, is waited for; errors do not end it.
     Integrity,
+    /// As ALL, and no page that a device writes to stays dirty: its transfer is waited for. For whoever gives the right to
+    /// cache away; nothing becomes dirty meanwhile.
+    HandOver,
     /// NONE: skips what is locked or under write-back already, ends at its budget.
     Opportunistic,
+}
+
+impl Mode {
+    /// Tells whether every page is waited for.
+    fn is_thorough(self) -> bool {
+        self != Self::Opportunistic
+    }
 }
 
 /// How a writer takes being slowed down.
@@ -226,8 +236,18 @@ impl<'a> Sweep<'a> {
         let Some(mut folio) = self.lock(page) else {
             return;
         };
-        if self.mode == Mode::Integrity && folio.is_dirty() && folio.is_under_writeback() {
+        if self.mode.is_thorough() && folio.is_dirty() && folio.is_under_writeback() {
             // Older data of this page is in flight, perhaps in what this pass has gathered (G-2).
+            drop(folio);
+            self.send();
+            self.file.wait_page_written(page);
+            match self.lock(page) {
+                Some(again) => folio = again,
+                None => return,
+            }
+        }
+        while self.mode == Mode::HandOver && folio.is_dirty() && folio.is_under_writeback() {
+            // A copy of a page that a device writes to.
             drop(folio);
             self.send();
             self.file.wait_page_written(page);
@@ -238,7 +258,7 @@ impl<'a> Sweep<'a> {
         }
         if folio.is_under_writeback() {
             // Another pass has taken the bytes that this one came for: stored they are only when that one ends.
-            if self.mode == Mode::Integrity {
+            if self.mode.is_thorough() {
                 self.elsewhere.push(page);
             }
             return;
@@ -246,10 +266,15 @@ impl<'a> Sweep<'a> {
         if !folio.is_dirty() {
             return;
         }
+        if self.mode == Mode::HandOver && write_pins(folio.state()) > 0 {
+            // The lock keeps new pins away, and those there are leaves.
+            self.send();
+            folio.wait_movable();
+        }
         let state = folio.state();
         if write_pins(state) > 0 {
             // A device writes to it: what it writes later must not look stored (E-5).
-            if self.mode == Mode::Integrity {
+            if self.mode.is_thorough() {
                 self.send_copy(folio);
             }
         } else if state & (UMAP_RW | UMAP_ASYNC) != 0 || !self.held.is_empty() {
@@ -316,7 +341,7 @@ impl<'a> Sweep<'a> {
     fn lock(&mut self, page: u64) -> Option<Folio<'a>> {
         match self.file.try_lock(page) {
             Attempt::Locked(folio) => Some(folio),
-            Attempt::Busy(_) if self.mode == Mode::Integrity => {
+            Attempt::Busy(_) if self.mode.is_thorough() => {
                 self.send();
                 self.file.lock(page)
             }
@@ -350,7 +375,7 @@ impl FilePages {
         range: Range<u64>,
         mode: Mode,
     ) -> Result<usize, StoreError> {
-        if mode == Mode::Integrity {
+        if mode.is_thorough() {
             self.harvest(range.clone(), Harvest::Wait);
         }
         let (todo, under_way) = self.to_write(range, mode);
@@ -383,7 +408,7 @@ impl FilePages {
 
     /// Lists what a pass visits, and what is under way already.
     fn to_write(&self, range: Range<u64>, mode: Mode) -> (Vec<u64>, Vec<u64>) {
-        if mode == Mode::Integrity {
+        if mode.is_thorough() {
             return (
                 self.noted(Note::Dirty, range.clone(), usize::MAX),
                 self.noted(Note::Writing, range, usize::MAX),

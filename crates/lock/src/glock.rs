@@ -45,6 +45,9 @@ pub trait Duties: Send + Sync {
 
     /// Waits for this node's direct I/O to end; called before a holder in any mode but DF goes on.
     fn drain_direct(&self) {}
+
+    /// The node withdrew: what it has cached, dirty or not, is nobody's any more. Called once, by a thread that may block.
+    fn withdrawn(&self) {}
 }
 
 /// What a glock needs of the node around it.
@@ -94,6 +97,13 @@ pub struct Guard<'a> {
     id: HolderId,
     request: Request,
     _held: rank::Held,
+}
+
+/// A mode that stays although nobody holds it: no demotion below it begins before this is dropped.
+#[derive(Debug)]
+pub struct Kept<'a> {
+    glock: &'a Glock,
+    mode: Mode,
 }
 
 /// An ASYNC request: in the queue, perhaps granted, not waited for. Dropping it takes it back.
@@ -378,6 +388,12 @@ impl Glock {
         self.changed.notify_all();
     }
 
+    /// Tells who caches that the node has withdrawn.
+    pub(crate) fn tell_withdrawn(&self) {
+        // A panic is this file's loss: the others are told all the same.
+        let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.duties.withdrawn()));
+    }
+
     /// Has the mode given up as soon as nobody holds it.
     pub(crate) fn give_up(&self) {
         let now = self.host.now();
@@ -392,7 +408,25 @@ impl Glock {
     }
 }
 
-impl Guard<'_> {
+impl<'a> Guard<'a> {
+    /// Keeps what was asked for beyond this holder: for memory that a program has pinned for as long as it likes. The node
+    /// goes on to use the lock as far as the mode serves; a local request that it does not serve is refused with EBUSY.
+    #[must_use]
+    pub fn keep(&self) -> Kept<'a> {
+        let mode = self.request.mode;
+        self.glock.state.lock().machine.keep(mode);
+        Kept {
+            glock: self.glock,
+            mode,
+        }
+    }
+
+    /// The mode that the node has, at least what was asked for.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.glock.mode()
+    }
+
     /// What was asked for.
     #[must_use]
     pub fn request(&self) -> Request {
@@ -410,6 +444,15 @@ impl Drop for Guard<'_> {
     #[inline]
     fn drop(&mut self) {
         self.glock.dequeue(self.id);
+    }
+}
+
+impl Drop for Kept<'_> {
+    fn drop(&mut self) {
+        let now = self.glock.host.now();
+        let mut state = self.glock.state.lock();
+        state.machine.unkeep(self.mode);
+        self.glock.settle(state, now, Caller::Node);
     }
 }
 

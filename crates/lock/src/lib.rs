@@ -26,7 +26,7 @@ pub mod service;
 mod space;
 
 pub use clock::{Clock, HandClock, Time};
-pub use glock::{Duties, Glock, Guard, Queued, lock_all, wait_all};
+pub use glock::{Duties, Glock, Guard, Kept, Queued, lock_all, wait_all};
 pub use machine::{QUEUE_MAX, Refusal};
 pub use mode::{Flags, Mode, Request};
 pub use report::{Counts, DemoteReport, Doing, HolderReport, Report};

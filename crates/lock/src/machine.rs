@@ -170,6 +170,11 @@ pub struct Machine {
     refused: Vec<(HolderId, Refusal)>,
     known: Known,
     granted_at: Time,
+    /// A fault was served under the mode: its instruction has to get to run.
+    faulted: bool,
+    /// Who keeps the mode beyond any holder: it must serve SH, or be EX.
+    kept_shared: usize,
+    kept_exclusive: usize,
     hold: Duration,
     hold_max: Duration,
     /// The recovery that keeps replies back, by generation.
@@ -196,6 +201,9 @@ impl Machine {
             refused: Vec::new(),
             known: Known::Stale,
             granted_at: Time::ZERO,
+            faulted: false,
+            kept_shared: 0,
+            kept_exclusive: 0,
             hold,
             hold_max: hold,
             frozen,
@@ -256,6 +264,7 @@ impl Machine {
             }
         }
         self.holders += usize::from(granted);
+        self.faulted |= granted && request.flags.has(Flags::FAULT);
         self.queue.push_back(Holder {
             id,
             request,
@@ -319,13 +328,43 @@ impl Machine {
         let end = self.granted_at.after(self.hold);
         let due = if rising {
             Due::AfterReply
-        } else if !self.queue.is_empty() && now < end {
+        } else if self.is_wanted_here() && now < end {
             self.counts.deferred += 1;
             Due::At(end)
         } else {
             Due::Now
         };
         self.want(Mode::left_for(wanted), due, now);
+    }
+
+    /// Notes that a holder wants the mode kept, at least `mode`, after it lets go: no demotion below that begins before
+    /// [`Machine::unkeep`]. Holders are served meanwhile as far as the mode serves them; others are refused (EBUSY), for
+    /// who keeps it may be the one that waits.
+    pub fn keep(&mut self, mode: Mode) {
+        *self.keepers(mode) += 1;
+    }
+
+    /// Ends what [`Machine::keep`] began; [`Machine::run`] is due.
+    pub fn unkeep(&mut self, mode: Mode) {
+        let keepers = self.keepers(mode);
+        *keepers = keepers.saturating_sub(1);
+    }
+
+    fn keepers(&mut self, mode: Mode) -> &mut usize {
+        match mode {
+            Mode::Exclusive => &mut self.kept_exclusive,
+            Mode::Unlocked | Mode::Shared | Mode::Deferred => &mut self.kept_shared,
+        }
+    }
+
+    /// Tells whether somebody keeps a mode that falling to `to` would end.
+    fn is_kept_from(&self, to: Mode) -> bool {
+        self.kept_exclusive > 0 || (self.kept_shared > 0 && to != Mode::Shared)
+    }
+
+    /// Tells whether a demotion would take away what has not been used yet.
+    fn is_wanted_here(&self) -> bool {
+        !self.queue.is_empty() || self.faulted
     }
 
     /// Asks to give the lock up as soon as nobody holds it.
@@ -477,6 +516,7 @@ impl Machine {
             }),
             stale: self.known != Known::Fresh,
             hold: self.hold,
+            pins: self.kept_shared + self.kept_exclusive,
             counts: self.counts,
             holders: holders.collect(),
         }
@@ -532,7 +572,14 @@ impl Machine {
                 return Some(self.leave(to));
             }
         }
-        let (id, head) = self.promote(now)?;
+        let (id, head) = loop {
+            let (id, head) = self.promote(now)?;
+            if self.mode == Mode::Unlocked || !self.is_kept_from(Mode::Unlocked) {
+                break (id, head);
+            }
+            // It might wait for itself.
+            self.refuse_one(id, Refusal::Failed(Errno::EBUSY));
+        };
         if self.mode == Mode::Unlocked {
             self.stage = Stage::Asking {
                 from: Mode::Unlocked,
@@ -563,10 +610,12 @@ impl Machine {
                 );
                 return alone.then_some(head);
             }
-            if now.since(waiter.since) > LONG_WAIT {
+            let waited = now.since(waiter.since);
+            self.faulted |= waiter.request.flags.has(Flags::FAULT);
+            if waited > LONG_WAIT {
                 self.hold = (self.hold + HOLD_LONGER).min(self.hold_max);
             }
-            self.counts.waited(now.since(waiter.since));
+            self.counts.waited(waited);
             self.queue[self.holders].granted = true;
             self.holders += 1;
             self.woken = true;
@@ -579,9 +628,9 @@ impl Machine {
         may_grant(self.mode, beside, request)
     }
 
-    /// A demotion is wanted now: no local waiter is promoted before it (H-7).
+    /// A demotion is wanted now, and nobody keeps the mode: no local waiter is promoted before it (H-7).
     fn must_fall(&self) -> bool {
-        matches!(self.demote, Some(Demote { due: Due::Now, .. }))
+        matches!(self.demote, Some(Demote { to, due: Due::Now, .. }) if !self.is_kept_from(to))
     }
 
     fn leave(&mut self, wanted: Mode) -> Work {
@@ -646,6 +695,7 @@ impl Machine {
                 self.mode = mode;
                 self.token = token;
                 self.granted_at = now;
+                self.faulted = false;
             }
             Reply::Refused => match asker {
                 Some(id) => self.refuse_one(id, Refusal::TryFailed),

@@ -99,8 +99,11 @@ impl Flags {
     pub const SKIP: Self = Self(1 << 6);
     /// NOEXP: granted during recovery too.
     pub const NOEXP: Self = Self(1 << 7);
+    /// FAULT: on behalf of an instruction that runs only after the lock was let go. The mode is kept for the minimum hold
+    /// although nobody is queued.
+    pub const FAULT: Self = Self(1 << 8);
 
-    const LETTERS: [(Self, char); 8] = [
+    const LETTERS: [(Self, char); 9] = [
         (Self::TRY, 't'),
         (Self::TRY_1CB, 'T'),
         (Self::ANY, 'a'),
@@ -109,6 +112,7 @@ impl Flags {
         (Self::NOCACHE, 'c'),
         (Self::SKIP, 's'),
         (Self::NOEXP, 'e'),
+        (Self::FAULT, 'f'),
     ];
 
     /// Tells whether all of `other` are set.

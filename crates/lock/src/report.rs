@@ -95,6 +95,8 @@ pub struct Report {
     pub stale: bool,
     /// The minimum hold at present.
     pub hold: Duration,
+    /// Long-term pins that keep the mode: a wanted demotion waits for them.
+    pub pins: usize,
     /// What happened so far.
     pub counts: Counts,
     /// Holders first, then waiters in order.
@@ -116,6 +118,7 @@ impl fmt::Display for Report {
             (self.doing == Doing::Frozen, 'F'),
             (self.doing == Doing::Withdrawn, 'W'),
             (self.stale, 'n'),
+            (self.pins > 0, 'P'),
         ];
         for (_, letter) in flags.into_iter().filter(|&(set, _)| set) {
             write!(f, "{letter}")?;

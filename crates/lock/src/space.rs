@@ -9,8 +9,9 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -61,6 +62,8 @@ struct Node {
     table: Mutex<Table>,
     /// Held while the node withdraws, before any leaf: who is told so is told when no glock grants any more.
     withdrawal: Mutex<()>,
+    /// Set with `table.withdrawn`: for those who only want to know.
+    stopped: AtomicBool,
     agenda: Mutex<Agenda>,
     work: Condvar,
     time: Condvar,
@@ -74,10 +77,18 @@ struct Table {
     withdrawn: Option<Errno>,
 }
 
-/// What threads are to do. Each glock has at most one piece of work and one alarm of its own in it.
+/// What a worker is to do about a glock.
+enum Job {
+    Work(Work),
+    /// Tell who caches that the node has withdrawn.
+    Withdrawn,
+}
+
+/// What threads are to do. Each glock has at most one piece of work and one alarm of its own in it, and once it hears of a
+/// withdrawal.
 #[derive(Default)]
 struct Agenda {
-    work: VecDeque<(Name, Work)>,
+    work: VecDeque<(Name, Job)>,
     alarms: BinaryHeap<Reverse<(Time, Option<Name>)>>,
     stop: bool,
 }
@@ -106,6 +117,7 @@ impl Space {
             session: OnceLock::new(),
             table: Mutex::default(),
             withdrawal: Mutex::new(()),
+            stopped: AtomicBool::new(false),
             agenda: Mutex::default(),
             work: Condvar::new(),
             time: Condvar::new(),
@@ -198,57 +210,70 @@ impl Space {
         reports
     }
 
-    /// Gives every lock up and leaves, for at most `patience`.
+    /// Gives every lock up, for at most `patience`. Those that are asked for meanwhile are given up again.
     ///
     /// # Errors
-    /// EBUSY if a lock is still held or under way by then, or what the node withdrew with: the node then is dead for the
-    /// others, and they take its locks after fencing.
-    pub fn leave(mut self, patience: Duration) -> Result<(), Errno> {
+    /// EBUSY if a lock is still held or under way by then, or what the node withdrew with.
+    pub fn give_all_up(&self, patience: Duration) -> Result<(), Errno> {
         let end = Instant::now() + patience;
-        let result = loop {
-            if let Err(errno) = self.node.check() {
-                break Err(errno);
-            }
-            let busy: Vec<Arc<Glock>> = self
-                .node
-                .glocks()
-                .into_iter()
-                .filter(|glock| !glock.is_idle())
-                .collect();
+        loop {
+            self.node.check()?;
+            let mut busy = self.node.glocks();
+            busy.retain(|glock| !glock.is_idle());
             if busy.is_empty() {
-                break Ok(());
+                return Ok(());
             }
             for glock in busy {
                 glock.give_up();
             }
             if Instant::now() >= end {
-                break Err(Errno::EBUSY);
+                return Err(Errno::EBUSY);
             }
-            std::thread::sleep(Duration::from_millis(1));
-        };
-        if result.is_ok()
-            && let Some(session) = self.node.session.get()
-        {
-            session.leave();
-            self.left = true;
+            thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// Gives every lock up and leaves, for at most `patience`.
+    ///
+    /// # Errors
+    /// As [`Space::give_all_up`]: the node then is dead for the others, and they take its locks after fencing.
+    pub fn leave(mut self, patience: Duration) -> Result<(), Errno> {
+        let result = self.give_all_up(patience);
+        self.end(result.is_ok());
         result
+    }
+
+    /// Ends the membership, in good order if nothing is held.
+    fn end(&mut self, in_order: bool) {
+        if self.left {
+            return;
+        }
+        self.left = true;
+        if let Some(session) = self.node.session.get() {
+            if in_order {
+                session.leave();
+            } else {
+                session.abandon();
+            }
+        }
     }
 }
 
+/// Leaves in good order if every lock was given up ([`Space::give_all_up`]); otherwise the node is dead for the others.
 impl Drop for Space {
     fn drop(&mut self) {
-        if !self.left
-            && let Some(session) = self.node.session.get()
-        {
-            session.abandon();
-        }
+        // A worker that has a duty may be the last to let go of what keeps the space: it cannot wait for itself.
+        let this = thread::current().id();
+        let idle = self.node.glocks().iter().all(|glock| glock.is_idle());
+        self.end(idle && self.check().is_ok());
         self.node.agenda.lock().stop = true;
         self.node.work.notify_all();
         self.node.time.notify_all();
         for thread in self.threads.drain(..) {
-            // A worker that panicked has said so; its glock withdrew.
-            let _ = thread.join();
+            if thread.thread().id() != this {
+                // A worker that panicked has said so; its glock withdrew.
+                let _ = thread.join();
+            }
         }
         // Glocks keep the node, and the node its glocks.
         let glocks = std::mem::take(&mut self.node.table.lock().glocks);
@@ -272,10 +297,9 @@ impl Node {
     }
 
     fn check(&self) -> Result<(), Errno> {
-        let withdrawn = self.table.lock().withdrawn;
-        if let Some(errno) = withdrawn {
+        if self.stopped.load(Ordering::Acquire) {
             drop(self.withdrawal.lock());
-            return Err(errno);
+            return Err(self.table.lock().withdrawn.unwrap_or(Errno::EIO));
         }
         let end = self.good_until();
         if end.is_some_and(|end| end <= self.options.clock.now()) {
@@ -305,7 +329,10 @@ impl Node {
                 }
             };
             if let Some(glock) = self.find(name) {
-                glock.work(work);
+                match work {
+                    Job::Work(work) => glock.work(work),
+                    Job::Withdrawn => glock.tell_withdrawn(),
+                }
             }
         }
     }
@@ -377,7 +404,7 @@ impl Host for Node {
     }
 
     fn work(&self, name: Name, work: Work) {
-        self.agenda.lock().work.push_back((name, work));
+        self.agenda.lock().work.push_back((name, Job::Work(work)));
         self.work.notify_one();
     }
 
@@ -393,11 +420,15 @@ impl Host for Node {
                 return;
             }
             table.withdrawn = Some(errno);
+            self.stopped.store(true, Ordering::Release);
             table.glocks.values().map(Arc::clone).collect()
         };
-        for glock in glocks {
+        for glock in &glocks {
             glock.withdraw(Errno::EIO);
         }
+        let told = glocks.iter().map(|glock| (glock.name(), Job::Withdrawn));
+        self.agenda.lock().work.extend(told);
+        self.work.notify_all();
         if let Some(session) = self.session.get() {
             session.abandon();
         }

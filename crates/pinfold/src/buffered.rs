@@ -6,6 +6,7 @@
 
 use pinfold_base::{PAGE_SIZE, Progress};
 use pinfold_cache::{CacheError, PageRef, Want};
+use pinfold_lock::Mode;
 use pinfold_mem::{AlignedBuf, CopyStop, IovCursor, Segments};
 use pinfold_store::StoreError;
 use std::sync::Arc;
@@ -28,10 +29,19 @@ impl File {
         let pages = self.inode().pages();
         let (mut pos, mut done) = (offset, 0u64);
         let mut stalls = Stalls::default();
+        if let Err(error) = self.inode().check_lease("read") {
+            return Progress::stopped(0, error);
+        }
         let stop = loop {
-            let end = pages.end();
-            if cursor.count() == 0 || pos >= end {
+            if cursor.count() == 0 {
                 break None;
+            }
+            if pos >= pages.end() {
+                match self.has_grown_past(pos, how) {
+                    Ok(true) => {}
+                    Ok(false) => break None,
+                    Err(error) => break Some(error),
+                }
             }
             if let Err(error) = how.check_cancelled() {
                 break Some(Error::cache("read", error));
@@ -40,8 +50,10 @@ impl File {
             let cached = pages.read_cached(page, self.ahead());
             let found = match cached {
                 Some(found) => found,
-                None => match self.read_missing(pos, end, cursor.count(), how) {
-                    Ok(found) => found,
+                None => match self.read_missing(pos, cursor.count(), how) {
+                    Ok(Some(found)) => found,
+                    // The size is another: looked at again.
+                    Ok(None) => continue,
                     Err(error) => break Some(Error::cache("read", error)),
                 },
             };
@@ -72,15 +84,27 @@ impl File {
         Progress { done, stop }
     }
 
-    /// Brings in the page at `pos` and those of the same request behind it.
+    /// Tells whether another node has made the file longer than `pos`, which is at the end as far as known here.
+    fn has_grown_past(&self, pos: u64, how: &IoOptions<'_>) -> Result<bool, Error> {
+        let inode = self.inode();
+        let held = inode.hold_uncached("read", Mode::Shared, how.nowait)?;
+        Ok(held.is_some() && pos < inode.len())
+    }
+
+    /// Brings in the page at `pos` and those of the same request behind it; `None` where the file ends before it. What is
+    /// copied out later is kept by the reference: the glock that it was read under is let go here.
     #[cold]
     fn read_missing(
         &self,
         pos: u64,
-        end: u64,
         count: usize,
         how: &IoOptions<'_>,
-    ) -> Result<PageRef<'_>, CacheError> {
+    ) -> Result<Option<PageRef<'_>>, CacheError> {
+        let _held = self.inode().hold_pages(Mode::Shared, how.nowait)?;
+        let end = self.inode().len();
+        if pos >= end {
+            return Ok(None);
+        }
         let want = Want {
             pages: (end - pos)
                 .min(count as u64)
@@ -89,7 +113,7 @@ impl File {
             ahead: Some(self.ahead()),
             nowait: how.nowait,
         };
-        self.inode().pages().read(pos / PAGE_SIZE, &want)
+        self.inode().pages().read(pos / PAGE_SIZE, &want).map(Some)
     }
 
     /// Writes through the cache; returns the offset behind the last byte as well.
@@ -165,6 +189,13 @@ impl File {
                 break Some(bad_buffer("write", pos, cursor.count()));
             }
             let _exclusive = inode.lock_exclusive();
+            let _held = match inode.hold("write", Mode::Exclusive) {
+                Ok(held) => held,
+                Err(error) => {
+                    cursor.restore(mark);
+                    break Some(error);
+                }
+            };
             if how.append && !placed {
                 pos = inode.len();
             }
@@ -284,6 +315,11 @@ impl Write<'_> {
             }
         } else {
             inode.lock_exclusive()
+        };
+        // Taken anew in each series: between two of them other nodes may have cut the file (B-7).
+        let _held = match inode.hold_pages(Mode::Exclusive, self.how.nowait) {
+            Ok(held) => held,
+            Err(error) => return Rounds::Ended(Some(Error::cache("write", error))),
         };
         if let Err(error) = self.place(cursor) {
             return Rounds::Ended(Some(error));

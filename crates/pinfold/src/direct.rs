@@ -23,14 +23,16 @@ mod fdm;
 
 use pinfold_base::{Errno, PAGE_SIZE, Progress, page_span};
 use pinfold_cache::{CacheError, Harvest};
+use pinfold_lock::Mode;
 use pinfold_mem::lend::Limits;
 use pinfold_mem::{AlignedBuf, IovCursor, PinStop, Segments, faultin, mapped};
-use pinfold_store::{Object, StoreError};
+use pinfold_store::{Object, Seek, StoreError};
 
 use crate::error::Error;
 use crate::file::File;
 use crate::inode::Inode;
 use crate::io::{IoOptions, bad_buffer, clamp_write, copy_waiting};
+use crate::shared::Hold;
 
 /// Bytes moved at once by way of a buffer of our own (section C).
 const BOUNCE_BYTES: usize = 1 << 20;
@@ -51,8 +53,13 @@ impl File {
         how: &IoOptions<'_>,
     ) -> Progress<Error> {
         // At the end there is nothing to read, whatever the alignment (section C).
-        if cursor.count() == 0 || offset >= self.inode().len() {
+        if cursor.count() == 0 {
             return Progress::complete(0);
+        }
+        match self.inode().len_now("read") {
+            Ok(len) if offset < len => {}
+            Ok(_) => return Progress::complete(0),
+            Err(error) => return Progress::stopped(0, error),
         }
         let object = self.inode().object().as_ref();
         if let Err(error) = check_alignment("read", object, offset, cursor) {
@@ -121,6 +128,10 @@ impl File {
         how: &IoOptions<'_>,
     ) -> Progress<Stop> {
         let inode = self.inode();
+        let held = match inode.hold_uncached("read", Mode::Deferred, how.nowait) {
+            Ok(held) => held,
+            Err(error) => return Progress::stopped(0, Stop::Refused(error)),
+        };
         // Looked at in every round: nothing was held in between (C-9).
         let end = inode.len();
         if offset >= end {
@@ -148,6 +159,8 @@ impl File {
         let held_back = cursor.count();
         cursor.truncate(usize::try_from(reach).unwrap_or(usize::MAX));
         let (moved, lent) = transfer(inode, cursor, |segments| object.read_wait(offset, segments));
+        // What follows may touch memory that is not there.
+        drop(held);
         let wanted = (lent as u64).min(below_end);
         let mut done = moved.done.min(below_end);
         // At most the cursor's count.
@@ -265,10 +278,28 @@ impl File {
         let len = cursor.count() as u64;
         let inside = || offset.saturating_add(len) <= inode.len();
         let may_share = (offset | len).is_multiple_of(PAGE_SIZE) && !how.append;
-        let shared = (may_share && inside()).then(|| inode.lock_shared());
-        // It may have been cut off before the lock was ours (C-9).
-        let shared = shared.filter(|_| inside());
-        let _exclusive = shared.is_none().then(|| inode.lock_exclusive());
+        let refused = |error| (Progress::stopped(0, Stop::Refused(error)), offset);
+        let mut shared = None;
+        if may_share && inside() {
+            let lock = inode.lock_shared();
+            let held = match hold_direct(inode, Mode::Deferred, how) {
+                Ok(held) => held,
+                Err(error) => return refused(error),
+            };
+            // It may have been cut off before the lock was ours (C-9).
+            let sole = !inside() || (held.is_some() && has_hole(inode, offset, len));
+            shared = (!sole).then_some((held, lock));
+        }
+        let _exclusive = match shared {
+            Some(_) => None,
+            None => {
+                let lock = inode.lock_exclusive();
+                match hold_direct(inode, Mode::Exclusive, how) {
+                    Ok(held) => Some((held, lock)),
+                    Err(error) => return refused(error),
+                }
+            }
+        };
         let offset = if how.append { inode.len() } else { offset };
         let allowed = match clamp_write(
             offset,
@@ -450,6 +481,18 @@ impl<'a> Call<'a> {
     }
 }
 
+/// Takes the glock for a direct write.
+fn hold_direct<'a>(inode: &'a Inode, mode: Mode, how: &IoOptions<'_>) -> Result<Hold<'a>, Error> {
+    let held = inode.hold_pages(mode, how.nowait);
+    held.map_err(|error| Error::cache("write", error))
+}
+
+/// Tells whether a write would fill a hole, which other nodes must not see half done; also where the store cannot tell.
+fn has_hole(inode: &Inode, offset: u64, len: u64) -> bool {
+    let hole = inode.object().seek(Seek::Hole, offset);
+    !hole.is_ok_and(|hole| hole.is_some_and(|at| at >= offset.saturating_add(len)))
+}
+
 /// The part of a direct write that runs under the inode's lock.
 fn write_locked(
     inode: &Inode,
@@ -565,7 +608,10 @@ pub(crate) fn past_cache<E: From<StoreError> + From<Cached>>(
         let end = pages.end();
         pages.set_end(end.max(offset + moved.done));
         inode.note_growth(end);
-        inode.touch_modified();
+        // Where other nodes write past the cache as well, the times are the store's.
+        if !inode.is_deferred() {
+            inode.touch_modified();
+        }
     }
     // After the size is raised, and on errors too: what was submitted may have been stored (C-2, C-10).
     pages.invalidate(range);

@@ -36,6 +36,8 @@ pub enum ErrorKind {
     },
     /// The program has pinned bytes that would have to go ([`Mapping::pin`](crate::Mapping::pin); `EBUSY`).
     Pinned,
+    /// The file's glock was refused: the node has withdrawn (`EIO`), or the lock service failed.
+    Glock(Errno),
     /// The store refused.
     Store(Errno),
     /// The name space refused: no such name, no permission, and the like.
@@ -129,6 +131,8 @@ impl Error {
             CacheError::WouldBlock => Self::new(operation, ErrorKind::WouldBlock),
             CacheError::Interrupted => Self::new(operation, ErrorKind::Interrupted),
             CacheError::TooManyPins => Self::new(operation, ErrorKind::NoFrames).caused_by(error),
+            CacheError::Refused(Errno::EBUSY) => Self::new(operation, ErrorKind::Pinned),
+            CacheError::Refused(errno) => Self::new(operation, ErrorKind::Glock(errno)),
             CacheError::Window(errno) => Self::invalid(operation, errno).caused_by(error),
             CacheError::Unmappable(refused) => Self::window(operation, refused),
         }
@@ -197,7 +201,10 @@ impl Error {
             ErrorKind::AlreadyServed => Errno::EBUSY,
             ErrorKind::Stale => Errno::ESTALE,
             ErrorKind::Forked => Errno::ENOTCONN,
-            ErrorKind::Store(errno) | ErrorKind::Name(errno) | ErrorKind::Invalid(errno) => errno,
+            ErrorKind::Glock(errno)
+            | ErrorKind::Store(errno)
+            | ErrorKind::Name(errno)
+            | ErrorKind::Invalid(errno) => errno,
         }
     }
 }
@@ -232,6 +239,7 @@ impl fmt::Display for Error {
             ErrorKind::Stale => {
                 f.write_str(": it was changed by somebody else while newer data was cached here")
             }
+            ErrorKind::Glock(errno) => write!(f, ": this node may not use it any more: {errno}"),
             ErrorKind::Store(errno) | ErrorKind::Name(errno) | ErrorKind::Invalid(errno) => {
                 write!(f, ": {errno}")
             }

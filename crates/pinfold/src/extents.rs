@@ -11,6 +11,7 @@ use std::ops::Range;
 
 use pinfold_base::PAGE_SIZE;
 use pinfold_cache::Harvest;
+use pinfold_lock::Mode;
 use pinfold_mem::IovCursor;
 use pinfold_store::Seek;
 
@@ -102,7 +103,10 @@ impl File {
 
     /// Returns the extent that holds the byte at `offset`, from there on, or else the first behind it.
     fn extent_at_or_after(&self, mut offset: u64) -> Result<Option<Extent>> {
-        let (inode, len) = (self.inode(), self.len());
+        let inode = self.inode();
+        // Let go before a record is stored (H-11).
+        let _held = inode.hold_uncached(OPERATION, Mode::Shared, false)?;
+        let len = inode.len();
         let seek = |what, from| {
             let found = inode.object().seek(what, from);
             found.map_err(|error| Error::store(OPERATION, error))

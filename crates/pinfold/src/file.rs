@@ -9,6 +9,7 @@ use std::sync::{Arc, OnceLock};
 use parking_lot::Mutex;
 use pinfold_base::{Errno, PAGE_SIZE, Progress, page_span};
 use pinfold_cache::{Lease, ReadAhead, Sample, Want};
+use pinfold_lock::Mode;
 use pinfold_mem::{AlignedBuf, IovCursor, Quiet};
 use pinfold_store::{Seek, SyncScope};
 
@@ -96,6 +97,7 @@ impl File {
 
     /// As [`Inode::sync_range`], reporting through this description.
     pub(crate) fn sync_range(&self, bytes: Range<u64>, scope: SyncScope) -> Result<()> {
+        self.inode.gather_stored("sync")?;
         self.inode.sync_range(bytes, scope, &self.seen)
     }
 
@@ -119,10 +121,12 @@ impl File {
         &self.ahead
     }
 
-    /// Returns the size in bytes.
+    /// Returns the size in bytes. In a volume with glocks that is the size on all nodes; the last known one where the
+    /// node has withdrawn.
     #[must_use]
     pub fn len(&self) -> u64 {
-        self.inode.len()
+        let len = self.inode.len_now("read the size of");
+        len.unwrap_or_else(|_| self.inode.len())
     }
 
     /// Tells whether the file is empty.
@@ -310,6 +314,11 @@ impl File {
         check_range("read", offset, len)?;
         let _quiet = self.enter("read")?;
         let pages = self.inode.pages();
+        self.inode.check_lease("read")?;
+        if offset.saturating_add(len as u64) > pages.end() {
+            // Another node may have made it longer.
+            self.inode.len_now("read")?;
+        }
         let mut stop = offset.saturating_add(len as u64);
         for _ in 0..LEND_TRIES_MAX {
             let span = page_span(offset, stop.min(pages.end()).saturating_sub(offset));
@@ -327,8 +336,12 @@ impl File {
                 ahead: Some(&self.ahead),
                 nowait: false,
             };
-            match pages.read(missing, &want) {
-                Ok(_) => {}
+            let read = self
+                .inode
+                .hold_pages(Mode::Shared, false)
+                .and_then(|_held| pages.read(missing, &want).map(drop));
+            match read {
+                Ok(()) => {}
                 Err(error) if missing * PAGE_SIZE <= offset => {
                     return Err(Error::cache("read", error));
                 }
@@ -399,6 +412,7 @@ impl File {
     /// The error of a write-back since the last report, or of this one.
     pub fn sync_all(&self) -> Result<()> {
         let _quiet = self.enter("sync")?;
+        self.inode.gather_stored("sync")?;
         self.inode.sync(SyncScope::All, &self.seen)
     }
 
@@ -408,6 +422,7 @@ impl File {
     /// As [`File::sync_all`].
     pub fn sync_data(&self) -> Result<()> {
         let _quiet = self.enter("sync")?;
+        self.inode.gather_stored("sync")?;
         self.inode.sync(SyncScope::Data, &self.seen)
     }
 
@@ -441,6 +456,7 @@ impl File {
             return Ok(None);
         }
         let _quiet = self.enter("seek in")?;
+        let _held = self.inode.hold_uncached("seek in", Mode::Shared, false)?;
         // What is dirty has to be there to be found: the store knows nothing of it yet.
         self.inode.flush()?;
         self.inode

@@ -1,6 +1,7 @@
 //! The data of one file: its pages, its locks, its size and the times that writes move.
 //!
-//! Lock order here: `lock` (class 1), the gate (class 4), folios (class 5). Fault-in happens with none of them held.
+//! Lock order here: `lock` (class 1), the glock if there are other nodes (class 2, [`crate::shared`]), the gate (class 4), folios
+//! (class 5). Fault-in happens with none of them held.
 
 use std::fmt;
 use std::ops::Range;
@@ -15,11 +16,13 @@ use pinfold_cache::{
     CacheError, FilePages, Harvest, Here, Kept, MapOutcome, Mode, Owner, Pace, Sample,
 };
 use pinfold_fault::{Fault, FaultTarget, FileMappings};
+use pinfold_lock::Mode as Right;
 use pinfold_mem::{Access, clock, limits};
 use pinfold_store::{Object, StoreError, SyncScope};
 
 use crate::engine::{Engine, Reserve};
 use crate::error::{Error, ErrorKind, Result};
+use crate::shared::Shared;
 
 /// Every filesystem takes files of this size, or says so by itself soon enough: 2 TiB less a block is ext3's limit, and
 /// a write that jumps further is rare.
@@ -41,6 +44,8 @@ pub struct Inode {
     engine: Arc<Engine>,
     pages: Arc<FilePages>,
     lock: RwLock<()>,
+    /// Where other nodes use the file too.
+    shared: Option<Shared>,
     /// When a write last changed the file, on the coarse clock; 0: not since it was loaded.
     modified_ns: AtomicU64,
     /// Whether `modified_ns` has not been told to the backing yet.
@@ -67,11 +72,13 @@ impl Inode {
         object: Arc<dyn Object>,
         len: u64,
         backing: Weak<dyn Backing>,
+        shared: Option<Shared>,
     ) -> Arc<Self> {
         let inode = Arc::new(Self {
             engine: Arc::clone(engine),
             pages: FilePages::new(&engine.cache, object, len),
             lock: RwLock::new(Rank::Inode, ()),
+            shared,
             modified_ns: AtomicU64::new(0),
             times_pending: AtomicBool::new(false),
             openers: AtomicUsize::new(0),
@@ -94,6 +101,12 @@ impl Inode {
 
     pub(crate) fn object(&self) -> &Arc<dyn Object> {
         self.pages.object()
+    }
+
+    /// Returns the file's glock, where other nodes use the file too.
+    #[inline]
+    pub(crate) fn shared(&self) -> Option<&Shared> {
+        self.shared.as_ref()
     }
 
     pub(crate) fn mappings(&self) -> &Arc<FileMappings> {
@@ -262,7 +275,7 @@ impl Inode {
         self.exclusively(|| self.set_len_locked(len))
     }
 
-    /// Runs `work` under the inode's lock, again if it met a page that the program keeps pinned, once that is let go. That
+    /// Runs `work` under the inode's lock and, of a shared file, its glock (EX), again if it met a page that the program keeps pinned, once that is let go. That
     /// is waited for with nothing held (D-4), as the kernel breaks the layouts of memory that is the storage itself.
     ///
     /// # Errors
@@ -273,10 +286,12 @@ impl Inode {
     ) -> Result<T> {
         loop {
             let exclusive = self.lock_exclusive();
+            let held = self.hold("change", Right::Exclusive)?;
             match work() {
                 Ok(done) => return Ok(done),
                 Err(Hindrance::Error(error)) => return Err(error),
                 Err(Hindrance::Kept(kept)) => {
+                    drop(held);
                     drop(exclusive);
                     // Each anew: one that goes makes room for another, but one that stays may wait for us.
                     if !self.pages.wait_unkept(kept, Instant::now() + KEPT_WAIT_MAX) {
@@ -450,6 +465,38 @@ pub(crate) enum Reload {
     Overtaken,
 }
 
+impl Inode {
+    /// Stores what is dirty, data first, so that other nodes find it. Called with no holder of the glock left, so nothing
+    /// becomes dirty meanwhile; mappings store to nothing when it returns.
+    ///
+    /// # Errors
+    /// What could not be stored: it is nowhere else.
+    pub(crate) fn hand_over(&self) -> std::result::Result<(), Errno> {
+        let written = self.pages.write_back(0..u64::MAX, Mode::HandOver);
+        written.map_err(|error| error.errno)?;
+        if self.pages.is_dirty() {
+            // Stored by an earlier pass that failed, and by this one not at all.
+            return Err(Errno::EIO);
+        }
+        self.tell_times();
+        Ok(())
+    }
+
+    /// Takes over the size that other nodes left. The caller holds the glock; nothing is cached.
+    pub(crate) fn take_over(&self, len: u64) {
+        let _blocked = self.pages.gate().block();
+        let old = self.pages.end();
+        if len < old {
+            // Private copies beyond it go, as where the file was cut.
+            self.pages.truncate(len);
+        } else {
+            self.pages.set_end(len);
+            self.note_growth(old);
+        }
+        self.forget_modified();
+    }
+}
+
 impl Owner for Inode {
     fn wrote_back(&self) {
         self.tell_times();
@@ -479,12 +526,36 @@ impl Inode {
     }
 }
 
+impl Inode {
+    /// Serves a load from a page that is cached, which takes no glock: it stays until its lock is had by whoever gives the right
+    /// to it away. All else takes one, and that waits and allocates.
+    fn try_shared_fault(&self, fault: &Fault<'_>) -> Option<MapOutcome> {
+        if fault.access == Access::Write {
+            return None;
+        }
+        let here = Here {
+            around: fault.around.clone(),
+            ahead: fault.ahead,
+            store: false,
+        };
+        let outcome = self
+            .pages
+            .map_here(fault.page, fault.access, &here, fault.to)?;
+        // Without a glock nobody here knows the size.
+        (outcome == MapOutcome::Mapped).then_some(outcome)
+    }
+}
+
 impl FaultTarget for Inode {
     fn pages(&self) -> &Arc<FilePages> {
         &self.pages
     }
 
     fn fault(&self, fault: &Fault<'_>) -> std::result::Result<MapOutcome, CacheError> {
+        let _held = self.hold_fault(match fault.access {
+            Access::Read => Right::Shared,
+            Access::Write => Right::Exclusive,
+        })?;
         if fault.access == Access::Write {
             self.begin_store(fault.page)?;
         }
@@ -494,6 +565,9 @@ impl FaultTarget for Inode {
     }
 
     fn try_fault(&self, fault: &Fault<'_>, may_read: bool) -> Option<MapOutcome> {
+        if self.shared.is_some() {
+            return self.try_shared_fault(fault);
+        }
         if fault.access == Access::Write {
             // A thread that would be slowed down, or has to ask for room, does so in the pool.
             if !self.engine.cache.is_calm() || !self.engine.reserve_at_once(PAGE_SIZE) {
@@ -511,6 +585,7 @@ impl FaultTarget for Inode {
     }
 
     fn make_writable(&self, page: u64) -> std::result::Result<MapOutcome, CacheError> {
+        let _held = self.hold_fault(Right::Exclusive)?;
         self.begin_store(page)?;
         self.pages.make_writable(page)
     }

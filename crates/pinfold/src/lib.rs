@@ -5,7 +5,7 @@
 //!
 //! *Does not own*: raw system calls, page states, how bytes are stored.
 //!
-//! *Locking*: an inode's lock (class 1), then the gate (4), then folios (5); SEMANTICS.md section I has the table. User
+//! *Locking*: an inode's lock (class 1), in a volume with glocks its glock (2), then the gate (4), then folios (5); SEMANTICS.md section I has the table. User
 //! memory is brought in with nothing held (rule zero, INV9).
 //!
 //! ```
@@ -43,6 +43,7 @@ mod node;
 mod open_options;
 mod pending;
 mod resize;
+mod shared;
 mod volume;
 
 pub use directory::Directory;
@@ -67,6 +68,10 @@ pub use pinfold_mem::{
 pub use pinfold_store::dir::namespace::DirEntry;
 pub use pinfold_store::{Object, Seek, StoreError, TimeLimitSnapshot, testing};
 pub use resize::AllocateMode;
+pub use shared::Demoted;
+
+/// Glocks: what makes several nodes see one file ([`VolumeBuilder::glocks`]).
+pub use pinfold_lock as glocks;
 
 /// The engine's own locks and pins, for who measures them. Nothing is promised of any of it.
 #[doc(hidden)]

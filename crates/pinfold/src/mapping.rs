@@ -15,6 +15,7 @@ use std::sync::atomic::Ordering;
 use pinfold_base::{Errno, PAGE_SIZE, Progress};
 use pinfold_cache::{Harvest, MapOutcome, PagePin, PinKind};
 use pinfold_fault::{MapRequest, Placed};
+use pinfold_lock::{Kept, Mode};
 use pinfold_mem::{self as mem, CopyStop, Delivery, Expecting, Quiet, UserMapKind};
 use pinfold_store::{Seek, SyncScope};
 
@@ -57,7 +58,7 @@ pub enum Tracking {
     /// looks: every sync and write-back, background write-back about once a second, eviction, unmapping. A
     /// store to a hole for which the store has no room is an error of the next sync.
     ///
-    /// Mapping so fails with `EOPNOTSUPP` (before Linux 6.7) or the error of opening /proc/self/pagemap where the kernel cannot.
+    /// Mapping so fails with `EOPNOTSUPP` (before Linux 6.7, and in a volume with glocks) or the error of opening /proc/self/pagemap where the kernel cannot.
     Async,
 }
 
@@ -260,6 +261,11 @@ impl Inode {
         match options.tracking {
             _ if options.access != MapAccess::Write => Ok(false),
             Tracking::Sync => Ok(false),
+            // Nobody would be asked for the right to a first store.
+            Tracking::Auto if self.shared().is_some() => Ok(false),
+            Tracking::Async if self.shared().is_some() => {
+                Err(Error::invalid("map", Errno::EOPNOTSUPP))
+            }
             Tracking::Async => possible()
                 .map(|()| true)
                 .map_err(|error| Error::setup("map", error)),
@@ -433,7 +439,10 @@ impl Mapping {
         match advice {
             Advice::Normal | Advice::Random | Advice::Sequential => self.placed.set_pattern(advice),
             Advice::WillNeed | Advice::DontNeed if bytes.is_empty() => {}
-            Advice::WillNeed => self.placed.pages().will_need(pages),
+            Advice::WillNeed => {
+                let _held = self.file.inode().hold(OPERATION, Mode::Shared)?;
+                self.placed.pages().will_need(pages);
+            }
             // Who drops an entry drops what the kernel remembers of stores through it: they are found on the way.
             Advice::DontNeed if self.placed.is_tracked() => {
                 self.placed.pages().harvest(pages, Harvest::Withdraw);
@@ -465,6 +474,10 @@ impl Mapping {
     /// else goes on; for some seconds, and not at all in the thread that called this: then it is `EBUSY`, and nothing has
     /// changed. Direct writes over them go through the cache meanwhile.
     ///
+    /// In a volume with glocks the node keeps the file's meanwhile: in a mapping that may be stored to EX, so other nodes
+    /// wait with whatever they want of the file; otherwise SH, so they may read, and what would change the file on this
+    /// node is refused (`EBUSY`).
+    ///
     /// # Errors
     /// What an access would get SIGBUS for; `EFAULT` beyond the end of the file; `ENOMEM` when a quarter of the budget is
     /// pinned already; `EACCES` for `write` in a mapping for reading; `EOPNOTSUPP` for `write` in a private one, whose
@@ -484,6 +497,11 @@ impl Mapping {
         let pages = bytes.start / PAGE_SIZE..bytes.end.div_ceil(PAGE_SIZE);
         let mut pinned = Pinned::promise(self, pages.end - pages.start)
             .map_err(|errno| self.refuse(OPERATION, errno, range.clone()))?;
+        let right = match kind {
+            UserMapKind::SharedWrite => Mode::Exclusive,
+            UserMapKind::SharedRead | UserMapKind::Private => Mode::Shared,
+        };
+        pinned._kept = self.file.inode().keep(OPERATION, right)?;
         for page in pages {
             self.pin_page(&mut pinned, page, write)
                 .map_err(|error| error.at_range(bytes.clone()).at_path_of(&self.file))?;
@@ -628,8 +646,10 @@ impl Mapping {
 /// Mapped bytes that stay in memory while this exists.
 pub struct Pinned<'a> {
     mapping: &'a Mapping,
+    // Dropped in this order: with the pages pinned, the glock stays.
     pins: Vec<PagePin>,
     promised: u64,
+    _kept: Option<Kept<'a>>,
 }
 
 impl fmt::Debug for Pinned<'_> {
@@ -653,6 +673,7 @@ impl<'a> Pinned<'a> {
             mapping,
             pins: Vec::new(),
             promised: pages,
+            _kept: None,
         })
     }
 

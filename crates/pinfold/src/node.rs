@@ -20,6 +20,7 @@ use std::sync::{Arc, OnceLock, Weak};
 
 use parking_lot::Mutex;
 use pinfold_base::Errno;
+use pinfold_lock::{Flags, Mode, Request, lock_all};
 use pinfold_mem::Quiet;
 use pinfold_store::dir::namespace::{Change, Handle, Stat};
 use pinfold_store::dir::object::DirObject;
@@ -33,6 +34,7 @@ use crate::file::{Access, File};
 use crate::inode::{Backing, Inode};
 use crate::metadata::{Kind, Metadata, NodeId, Owner, SetAttributes, SetTime, Statfs};
 use crate::open_options::OpenOptions;
+use crate::shared::{Hold, Leased, Shared, refused};
 
 mod stamps;
 mod tree;
@@ -62,6 +64,8 @@ pub(crate) struct Vnode {
     life: Mutex<Life>,
     stamps: Mutex<Stamps>,
     used: AtomicBool,
+    /// Its glock, where other nodes use the directory too; made when it is first needed.
+    shared: OnceLock<Option<Shared>>,
     /// Counts the times somebody else's change made cached contents void.
     strangers: AtomicU64,
 }
@@ -126,7 +130,9 @@ impl Node {
     /// The store's errors.
     pub fn attributes(&self) -> Result<Metadata> {
         let _quiet = Quiet::enter();
-        self.0.attributes().map_err(failed("read attributes of"))
+        const OPERATION: &str = "read attributes of";
+        let _held = self.0.hold_uncached(OPERATION)?;
+        self.0.attributes().map_err(failed(OPERATION))
     }
 
     /// Returns a number that changes whenever somebody else is found to have changed the stored file: whoever
@@ -162,6 +168,7 @@ impl Node {
         if change == Change::default() {
             return self.attributes();
         }
+        let _held = self.0.hold(OPERATION, Mode::Exclusive)?;
         let sets_modified = set.modified != SetTime::Keep;
         if sets_modified && let Some(data) = self.0.data.get() {
             // An error stays with the file: fsync reports it.
@@ -180,6 +187,8 @@ impl Node {
     pub fn clear_set_id_bits(&self) -> Result<()> {
         let _quiet = Quiet::enter();
         let operation = failed("change attributes of");
+        let _held = self.0.hold("change attributes of", Mode::Exclusive)?;
+        self.0.tree.check().map_err(&operation)?;
         let old = self.0.handle.stat().map_err(&operation)?.permissions;
         let mut new = old & !S_ISUID;
         if old & S_IXGRP != 0 {
@@ -216,11 +225,9 @@ impl Node {
 
     fn adopt(&self, handle: Arc<Handle>, stat: Stat) -> (Self, Metadata) {
         let node = self.0.tree.node(handle, &stat);
-        let merged = match node.0.data.get() {
-            // Its cached changes count, and it may have changed since `stat` was read.
-            Some(_) => node.attributes().ok(),
-            None => None,
-        };
+        // Its cached changes count, or another node's; and it may have changed since `stat` was read.
+        let newer = node.0.data.get().is_some() || self.0.tree.space().is_some();
+        let merged = newer.then(|| node.attributes().ok()).flatten();
         let metadata = merged.unwrap_or_else(|| Metadata::from(&stat));
         (node, metadata)
     }
@@ -238,7 +245,9 @@ impl Node {
         let _quiet = Quiet::enter();
         const OPERATION: &str = "create";
         let mode = options.create_mode();
-        match self.0.with(|dir| dir.create(name, mode, owner.caller())) {
+        match change_names(OPERATION, &[self], || {
+            self.0.with(|dir| dir.create(name, mode, owner.caller()))
+        })? {
             Ok((handle, stat, fd)) => {
                 let node = self.0.tree.node(handle, &stat);
                 let file = node.open_made(options, fd)?;
@@ -275,7 +284,9 @@ impl Node {
     /// What mkdir(2) says.
     pub fn make_dir(&self, name: &OsStr, mode: u32, owner: Owner) -> Result<Self> {
         let _quiet = Quiet::enter();
-        let made = self.0.with(|dir| dir.make_dir(name, mode, owner.caller()));
+        let made = change_names("create directory", &[self], || {
+            self.0.with(|dir| dir.make_dir(name, mode, owner.caller()))
+        })?;
         let (handle, stat) = made.map_err(failed_at("create directory", name))?;
         Ok(self.0.tree.node(handle, &stat))
     }
@@ -293,9 +304,10 @@ impl Node {
         owner: Owner,
     ) -> Result<Self> {
         let _quiet = Quiet::enter();
-        let made = self
-            .0
-            .with(|dir| dir.make_node(name, kind, mode, rdev, owner.caller()));
+        let made = change_names("create", &[self], || {
+            self.0
+                .with(|dir| dir.make_node(name, kind, mode, rdev, owner.caller()))
+        })?;
         let (handle, stat) = made.map_err(failed_at("create", name))?;
         Ok(self.0.tree.node(handle, &stat))
     }
@@ -306,7 +318,9 @@ impl Node {
     /// What symlink(2) says.
     pub fn symlink(&self, name: &OsStr, target: &OsStr, owner: Owner) -> Result<Self> {
         let _quiet = Quiet::enter();
-        let made = self.0.with(|dir| dir.symlink(name, target, owner.caller()));
+        let made = change_names("create symbolic link", &[self], || {
+            self.0.with(|dir| dir.symlink(name, target, owner.caller()))
+        })?;
         let (handle, stat) = made.map_err(failed_at("create symbolic link", name))?;
         Ok(self.0.tree.node(handle, &stat))
     }
@@ -317,13 +331,15 @@ impl Node {
     /// What link(2) says.
     pub fn link(&self, target: &Self, name: &OsStr) -> Result<()> {
         let _quiet = Quiet::enter();
-        let mut life = target.0.life.lock();
-        let linked = target.0.with(|handle| handle.link(&self.0.handle, name));
-        let stat = linked.map_err(failed_at("link", name))?;
-        life.orphan = false;
-        target.0.handle.unpin();
-        target.0.record(&stat);
-        Ok(())
+        change_names("link", &[self], || {
+            let mut life = target.0.life.lock();
+            let linked = target.0.with(|handle| handle.link(&self.0.handle, name));
+            let stat = linked.map_err(failed_at("link", name))?;
+            life.orphan = false;
+            target.0.handle.unpin();
+            target.0.record(&stat);
+            Ok(())
+        })?
     }
 
     /// Removes a name that is not a directory's. The inode lives until its last opener is gone.
@@ -332,14 +348,15 @@ impl Node {
     /// What unlink(2) says.
     pub fn unlink(&self, name: &OsStr) -> Result<()> {
         let _quiet = Quiet::enter();
-        let loser = self.held(name);
-        if let Some(loser) = &loser {
-            loser
-                .0
-                .with(Handle::pin)
-                .map_err(failed_at("remove", name))?;
-        }
-        let outcome = self.0.with(|dir| dir.unlink(name));
+        let (outcome, loser) = change_names("remove", &[self], || {
+            let loser = self.held(name);
+            if let Some(loser) = &loser
+                && let Err(errno) = loser.0.with(Handle::pin)
+            {
+                return (Err(errno), None);
+            }
+            (self.0.with(|dir| dir.unlink(name)), loser)
+        })?;
         if let Some(loser) = loser {
             loser.lost_a_name();
         }
@@ -352,8 +369,10 @@ impl Node {
     /// What rmdir(2) says.
     pub fn remove_dir(&self, name: &OsStr) -> Result<()> {
         let _quiet = Quiet::enter();
-        let loser = self.held(name);
-        let outcome = self.0.with(|dir| dir.remove_dir(name));
+        let (outcome, loser) = change_names("remove directory", &[self], || {
+            let loser = self.held(name);
+            (self.0.with(|dir| dir.remove_dir(name)), loser)
+        })?;
         if let (Some(loser), Ok(())) = (loser, &outcome) {
             self.0.tree.forget(&loser);
         }
@@ -372,16 +391,18 @@ impl Node {
         flags: RenameFlags,
     ) -> Result<()> {
         let _quiet = Quiet::enter();
-        let moved = self.held(name);
-        let replaced = new_dir.held(new_name);
-        if let Some(replaced) = &replaced {
-            replaced
-                .0
-                .with(Handle::pin)
-                .map_err(failed_at("rename", name))?;
-        }
         let to = &new_dir.0.handle;
-        let outcome = self.0.with(|from| from.rename(name, to, new_name, flags));
+        let (outcome, moved, replaced) = change_names("rename", &[self, new_dir], || {
+            let moved = self.held(name);
+            let replaced = new_dir.held(new_name);
+            if let Some(replaced) = &replaced
+                && let Err(errno) = replaced.0.with(Handle::pin)
+            {
+                return (Err(errno), None, None);
+            }
+            let outcome = self.0.with(|from| from.rename(name, to, new_name, flags));
+            (outcome, moved, replaced)
+        })?;
         // The rename moves the inode's time of change: that is nobody else's doing.
         if let Some(moved) = moved
             && let Ok(stat) = moved.0.handle.stat()
@@ -423,6 +444,11 @@ impl Node {
             && !data.inode.is_open()
             && data.inode.is_dirty()
         {
+            if self.0.tree.space().is_some() {
+                // Another node may have it open.
+                let _ = data.inode.flush();
+                return;
+            }
             // Nobody can reach it any more; failing to shorten it loses nothing but the store's work.
             let _ = data.inode.set_len(0);
         }
@@ -616,6 +642,8 @@ impl Node {
             return Ok(data);
         }
         let vnode = &self.0;
+        // The size that is read here is the one known under this hold.
+        let _held = vnode.hold_uncached("open")?;
         let _making = vnode.making.lock();
         if let Some(data) = vnode.data.get() {
             return Ok(data);
@@ -631,6 +659,10 @@ impl Node {
             Arc::clone(&object) as Arc<dyn Object>,
             Arc::clone(&watch),
         ));
+        if let Some(space) = tree.space() {
+            // Innermost: asked as late as can be.
+            stored = Arc::new(Leased::new(stored, Arc::clone(space)));
+        }
         if let Some(layer) = &tree.layer {
             stored = layer(stored);
         }
@@ -638,7 +670,8 @@ impl Node {
             stored = TimedObject::new(stored, limit);
         }
         let backing: Weak<dyn Backing> = Arc::downgrade(vnode) as Weak<dyn Backing>;
-        let inode = Inode::new(&tree.engine, stored, stat.size, backing);
+        let shared = vnode.shared().cloned();
+        let inode = Inode::new(&tree.engine, stored, stat.size, backing, shared);
         vnode.record(&stat);
         Ok(vnode.data.get_or_init(|| Data {
             inode,
@@ -658,6 +691,7 @@ impl Vnode {
             life: Mutex::new(Life::default()),
             stamps: Mutex::new(Stamps::default()),
             used: AtomicBool::new(true),
+            shared: OnceLock::new(),
             strangers: AtomicU64::new(0),
         }
     }
@@ -667,12 +701,51 @@ impl Vnode {
         &self,
         work: impl Fn(&Arc<Handle>) -> std::result::Result<T, Errno>,
     ) -> std::result::Result<T, Errno> {
+        self.tree.check()?;
         match work(&self.handle) {
             Err(Errno::EMFILE | Errno::ENFILE) => {
                 self.tree.relieve();
                 work(&self.handle)
             }
             outcome => outcome,
+        }
+    }
+
+    /// Returns its glock, where other nodes use the directory too. Only files and directories have anything to share.
+    fn shared(&self) -> Option<&Shared> {
+        self.tree.space()?;
+        let made = self.shared.get_or_init(|| match self.handle.kind() {
+            Kind::File | Kind::Directory => self.tree.shared(self.handle.id()),
+            _ => None,
+        });
+        made.as_ref()
+    }
+
+    /// Takes a file's glock in `mode`; nothing is held for what is no file.
+    fn hold(&self, operation: &'static str, mode: Mode) -> Result<Hold<'_>> {
+        self.hold_file(operation, Request::new(mode))
+    }
+
+    /// Takes a file's glock for a look at what the store says of it.
+    fn hold_uncached(&self, operation: &'static str) -> Result<Hold<'_>> {
+        self.hold_file(operation, Request::new(Mode::Shared).with(Flags::ANY))
+    }
+
+    fn hold_file(&self, operation: &'static str, request: Request) -> Result<Hold<'_>> {
+        if self.handle.kind() != Kind::File {
+            return Ok(None);
+        }
+        let held = self.shared().map(|shared| shared.glock.lock(request));
+        held.transpose().map_err(|why| refused(operation, why))
+    }
+
+    /// Tells who caches that nothing of it may be, in the mode that the glock falls to.
+    fn stop_caching(&self, to: Mode) {
+        if let Some(data) = self.data.get() {
+            data.inode.pages().close();
+        }
+        if to == Mode::Unlocked {
+            self.strangers.fetch_add(1, Ordering::AcqRel);
         }
     }
 
@@ -699,8 +772,50 @@ impl Vnode {
     }
 }
 
+/// Runs `work` with the glocks of these directories (EX): what it finds out about names stays so until it has changed them.
+/// Of a name nothing is cached across calls.
+fn change_names<T>(operation: &'static str, dirs: &[&Node], work: impl FnOnce() -> T) -> Result<T> {
+    let exclusive = Request::new(Mode::Exclusive);
+    let mut wanted: Vec<_> = dirs
+        .iter()
+        .filter_map(|dir| dir.0.shared())
+        .map(|shared| (&*shared.glock, exclusive))
+        .collect();
+    wanted.dedup_by_key(|(glock, _)| glock.name());
+    let _held = lock_all(&wanted).map_err(|why| refused(operation, why))?;
+    Ok(work())
+}
+
+impl Node {
+    /// Stores what other nodes have to find, before the glock falls.
+    pub(crate) fn hand_over(&self) -> std::result::Result<(), Errno> {
+        self.0.hand_over()
+    }
+
+    /// Drops what may not be cached in the mode the glock falls to.
+    pub(crate) fn stop_caching(&self, to: Mode) {
+        self.0.stop_caching(to);
+    }
+
+    /// Reads again what other nodes may have changed; the glock is held.
+    pub(crate) fn refresh(&self) -> std::result::Result<(), Errno> {
+        self.0.refresh()
+    }
+
+    /// Drops everything: the right to it was lost.
+    pub(crate) fn abandon(&self) {
+        if let Some(data) = self.0.data.get() {
+            data.inode.pages().abandon();
+        }
+        self.0.strangers.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
 impl Drop for Vnode {
     fn drop(&mut self) {
+        if let Some(Some(shared)) = self.shared.get() {
+            self.tree.retire(shared);
+        }
         self.tree.dropped(self.handle.id());
     }
 }

@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use pinfold_base::Errno;
 use pinfold_cache::{Cache, CacheConfig, CacheSnapshot, MEMORY_MIN, PinSite};
 use pinfold_fault::{FaultSnapshot, Faults};
+use pinfold_lock::Space;
 use pinfold_mem::{Privilege, Quiet, exit, faultin, uring};
 use pinfold_store::dir::namespace::{Namespace, OpenError};
 use pinfold_store::{Operation, StoreError, TimeLimit, TimeLimitSnapshot};
@@ -24,7 +25,10 @@ use crate::file::File;
 use crate::metadata::{Kind, Metadata, Owner};
 use crate::node::{Node, ObjectLayer, RenameFlags, Tree};
 use crate::open_options::OpenOptions;
+use crate::shared::Demoted;
 
+/// How long a volume that ends waits until its glocks are given up.
+const GIVE_UP_PATIENCE: Duration = Duration::from_secs(10);
 /// Symbolic links followed in one path at most, as in Linux.
 const LINKS_MAX: usize = 40;
 
@@ -98,6 +102,8 @@ pub struct VolumeBuilder {
     privileges: RangeInclusive<Privilege>,
     layer: Option<ObjectLayer>,
     store_timeout: Option<Duration>,
+    glocks: Option<Arc<Space>>,
+    demoted: Option<Demoted>,
 }
 
 impl fmt::Debug for VolumeBuilder {
@@ -206,14 +212,72 @@ impl VolumeBuilder {
         self
     }
 
+    /// Makes the volume one of several nodes that serve the same directory, in this process or elsewhere, as if they were one:
+    /// each file is used under its glock. `node` is this volume's alone; the nodes have one
+    /// [`LockService`](crate::glocks::LockService), and it only these. What others do to the directory is noticed when a
+    /// glock comes back at best.
+    ///
+    /// When the node withdraws (its lease has ended, or what it had to hand over could not be stored), calls fail with `EIO`
+    /// ([`ErrorKind::Glock`]), accesses to mappings get SIGBUS, and what was not stored is gone. The volume is to be dropped
+    /// and opened anew.
+    ///
+    /// Names are not cached; names of a directory change under its glock. Under glocks a page that could not be
+    /// stored stays dirty ([`VolumeBuilder::retain_dirty_on_error`]), and mappings learn of stores by faults
+    /// ([`Tracking::Sync`](crate::Tracking::Sync)). Handing a file over stores its data and times; durable they become by a
+    /// sync, on any node.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let scratch = tempfile::tempdir()?;
+    /// use pinfold::glocks::{Options, Space, service::local::Local};
+    /// use pinfold::{OpenOptions, Volume};
+    /// use std::sync::Arc;
+    ///
+    /// let service = Local::new();
+    /// let open = |node| -> Result<Volume, Box<dyn std::error::Error>> {
+    ///     let space = Space::join(&service, node, Options::default())?;
+    ///     let volume = Volume::builder().memory(16 << 20).glocks(Arc::new(space));
+    ///     Ok(volume.open_dir(scratch.path())?)
+    /// };
+    /// let (one, other) = (open("one")?, open("other")?);
+    /// let options = OpenOptions::new().read(true).write(true).create(true);
+    /// one.open("shared", &options)?.write_at(b"seen everywhere", 0)?;
+    /// let mut seen = [0; 15];
+    /// other.open("shared", &options)?.read_at(&mut seen, 0)?;
+    /// assert_eq!(&seen, b"seen everywhere");
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn glocks(mut self, node: Arc<Space>) -> Self {
+        self.glocks = Some(node);
+        self
+    }
+
+    /// Has `told` called before this node gives up what it may cache of an inode ([`VolumeBuilder::glocks`]).
+    #[must_use]
+    pub fn demoted(mut self, told: Demoted) -> Self {
+        self.demoted = Some(told);
+        self
+    }
+
     /// Opens a directory.
     ///
     /// # Errors
     /// `EINVAL` for a budget below [`MEMORY_MIN`] and for a time limit of zero, `EBUSY` when another engine serves the directory, what opening it
     /// says, `ENOMEM` when the budget's address space is refused.
-    pub fn open_dir(self, path: impl AsRef<Path>) -> Result<Volume> {
+    pub fn open_dir(mut self, path: impl AsRef<Path>) -> Result<Volume> {
         const OPERATION: &str = "serve directory";
         let path = path.as_ref();
+        if self.glocks.is_some() {
+            if self.faults_disabled_mapping {
+                return Err(Error::invalid(OPERATION, Errno::EINVAL)
+                    .at_path(path)
+                    .caused_by("memory is never brought in with a file blocked between nodes"));
+            }
+            // What a node could not store must not pass for stored when it hands the file over.
+            self.config.retain_dirty_on_error = true;
+        }
         if self.config.memory < MEMORY_MIN {
             return Err(Error::invalid(OPERATION, Errno::EINVAL)
                 .at_path(path)
@@ -227,7 +291,12 @@ impl VolumeBuilder {
                 .at_path(path)
                 .caused_by("no store answers within no time"));
         }
-        let namespace = Namespace::open(path).map_err(|error| {
+        let open = if self.glocks.is_some() {
+            Namespace::open_shared
+        } else {
+            Namespace::open
+        };
+        let namespace = open(path).map_err(|error| {
             let kind = match &error {
                 OpenError::Claimed { .. } => ErrorKind::AlreadyServed,
                 OpenError::Unusable { .. }
@@ -255,7 +324,8 @@ impl VolumeBuilder {
             limit,
         );
         let faults = engine.faults();
-        let tree = Tree::new(namespace, Arc::clone(&engine), rings, self.layer);
+        let glocks = (self.glocks, self.demoted);
+        let tree = Tree::new(namespace, Arc::clone(&engine), rings, self.layer, glocks);
         let shared = Arc::new(Shared {
             tree,
             engine,
@@ -287,6 +357,8 @@ impl Volume {
             privileges: Privilege::ANY,
             layer: None,
             store_timeout: None,
+            glocks: None,
+            demoted: None,
         }
     }
 
@@ -327,6 +399,12 @@ impl Volume {
     #[must_use]
     pub fn pins_held(&self) -> Vec<PinSite> {
         self.0.engine.cache.pins_held()
+    }
+
+    /// Returns this node's glocks, where the directory is served by several ([`VolumeBuilder::glocks`]).
+    #[must_use]
+    pub fn glocks(&self) -> Option<&Arc<Space>> {
+        self.0.tree.space()
     }
 
     /// Tells what this system lets the volume do.
@@ -609,5 +687,10 @@ impl Drop for Shared {
         }
         // Nodes refer to the tree that keeps them.
         self.tree.clear();
+        if let Some(space) = self.tree.space() {
+            // Other nodes need not wait for a dead one then. Files still open take theirs again.
+            let _ = space.give_all_up(GIVE_UP_PATIENCE);
+            space.reap();
+        }
     }
 }

@@ -87,6 +87,10 @@ impl FilePages {
         batch: &mut Vec<Transfer>,
         _gate: &AddGuard<'_>,
     ) {
+        if self.is_closed() {
+            // Nobody asked for these pages, so nobody has seen to it that they may be cached.
+            return;
+        }
         let end = range.end.min(self.end().div_ceil(PAGE_SIZE));
         if self.homes.window().is_some() {
             // These pages are likely to be mapped, by threads that must not make room themselves.

@@ -34,6 +34,7 @@ impl FilePages {
         let limit = SYNC_PAGES_MAX.min(self.window_max().max(1));
         let pages = want.pages.clamp(1, limit);
         let gate = self.add()?;
+        self.may_fill()?;
         let Some(folios) = self.insert_run(page, pages)? else {
             return Ok(None);
         };
@@ -65,6 +66,7 @@ impl FilePages {
             None => Some(self.gate.try_add()?),
             Some(_) => None,
         };
+        self.may_fill().ok()?;
         let frame = self.cache.try_take_frames(1).pop()?;
         let folio = self.insert(page, frame)?;
         drop(gate);

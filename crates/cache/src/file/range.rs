@@ -53,6 +53,18 @@ impl FilePages {
         }
     }
 
+    /// Drops every page, dirty or not, but those that the program itself keeps pinned.
+    pub(super) fn discard_unkept(&self) {
+        let mut going = Going::new(self);
+        for page in self.cached_pages(0..u64::MAX) {
+            if let Some(folio) = self.lock(page)
+                && !folio.is_kept()
+            {
+                going.push(folio);
+            }
+        }
+    }
+
     /// Cuts the file to `end` bytes: the size first, so that no reader goes past it, then the pages. The caller blocks the
     /// gate.
     ///

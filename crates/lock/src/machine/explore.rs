@@ -53,7 +53,7 @@ enum Event {
 }
 
 type Key = (
-    (Mode, Stage, Option<(Mode, u8)>, Vec<(u64, bool)>),
+    (Mode, Stage, Option<(Mode, u8)>, Vec<(u64, bool)>, bool),
     (Vec<(HolderId, Refusal)>, Known, Option<u64>, Option<Reply>),
     (Option<Errno>, Option<Work>, bool, Vec<bool>, Left),
 );
@@ -90,7 +90,7 @@ impl World {
         let young = self.now < machine.granted_at.after(machine.hold);
         let asking = self.asking.iter().map(Option::is_some).collect();
         (
-            (machine.mode, machine.stage, demote, queue),
+            (machine.mode, machine.stage, demote, queue, machine.faulted),
             (
                 machine.refused.clone(),
                 machine.known,
@@ -368,6 +368,7 @@ fn all_requests() -> Vec<Request> {
         Flags::NODE_SCOPE,
         Flags::NOCACHE,
         Flags::NOEXP,
+        Flags::FAULT,
     ];
     [Mode::Shared, Mode::Deferred, Mode::Exclusive]
         .into_iter()

@@ -72,8 +72,10 @@ impl Vnode {
     pub(super) fn attributes(self: &Arc<Self>) -> std::result::Result<Metadata, Errno> {
         let mut quiet = self.data.get().and_then(|data| data.watch.quiet());
         let mut stat = self.with(Handle::stat)?;
-        // Of a file that nobody has open the store knows best; of others the size is what their users made it.
+        // Of a file that nobody has open the store knows best; of others the size is what their users made it. Where other
+        // nodes may change it, they do so under its glock.
         if let (Some(data), Some(moment)) = (self.data.get(), quiet)
+            && self.tree.space().is_none()
             && !data.inode.is_open()
             && data.watch.is_settled(moment)
             && self
@@ -103,7 +105,8 @@ impl Vnode {
         }
         let settled = quiet.is_some_and(|quiet| data.watch.is_settled(quiet));
         let as_recorded = stamps.seen.is_some_and(|seen| seen.changed == stat.changed);
-        if as_recorded || !settled {
+        let shared_and_clean = self.tree.space().is_some() && data.inode.modified().is_none();
+        if (as_recorded || !settled) && !shared_and_clean {
             metadata.changed = stamps.changed.into();
         }
         if let Some(modified) = data.inode.modified() {
@@ -115,7 +118,7 @@ impl Vnode {
 
     /// Drops clean pages of a file that somebody else changed; refuses one that has newer data cached.
     pub(super) fn notice_strangers(self: &Arc<Self>, data: &Data) -> Result<()> {
-        let Some(quiet) = data.watch.quiet() else {
+        let Some(quiet) = data.watch.quiet().filter(|_| self.tree.space().is_none()) else {
             return Ok(());
         };
         let mut stamps = self.stamps.lock();
@@ -153,11 +156,45 @@ impl Vnode {
     }
 }
 
+impl Vnode {
+    /// Stores what is dirty and the times, and forgets the live ones: a pass that ends later must not put them back. Called
+    /// before the glock falls.
+    pub(super) fn hand_over(&self) -> std::result::Result<(), Errno> {
+        let Some(data) = self.data.get() else {
+            return Ok(());
+        };
+        data.inode.hand_over()?;
+        // Under the lock a pass sets times with.
+        let _stamps = self.stamps.lock();
+        data.inode.forget_modified();
+        Ok(())
+    }
+
+    /// Reads size and times again, after other nodes may have changed them.
+    pub(super) fn refresh(&self) -> std::result::Result<(), Errno> {
+        let Some(data) = self.data.get() else {
+            return Ok(());
+        };
+        let quiet = data.watch.quiet();
+        let stat = self.with(Handle::stat)?;
+        data.inode.take_over(stat.size);
+        self.record(&stat);
+        if let Some(quiet) = quiet {
+            data.watch.settle(quiet);
+        }
+        Ok(())
+    }
+}
+
 impl Backing for Vnode {
     fn stored(&self) {
         let Some(data) = self.data.get() else {
             return;
         };
+        if self.tree.check().is_err() {
+            // They are another node's to set.
+            return;
+        }
         let mut stamps = self.stamps.lock();
         // Asked under the lock: a time that somebody set while this pass ended must not be moved back.
         let Some(modified) = data.inode.modified() else {

@@ -9,12 +9,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
+use pinfold_base::Errno;
+use pinfold_lock::{Mode, Space};
 use pinfold_mem::uring;
 use pinfold_store::Object;
 use pinfold_store::dir::namespace::{FileId, Handle, Namespace, Stat};
 
 use super::{Node, Vnode};
 use crate::engine::Engine;
+use crate::shared::{self, Demoted, InodeDuties, Shared};
 
 /// Nodes kept after their last use, with their cached data.
 const KEPT_MAX: usize = 32_768;
@@ -22,6 +25,8 @@ const KEPT_MAX: usize = 32_768;
 const LOOKED_AT_MAX: usize = 4;
 /// Closed files that keep their descriptors for the next opener, where the process may have enough of them.
 const IDLE_MAX: usize = 256;
+/// Glocks given up between two looks for those that may be forgotten.
+const RETIRED_STEP: usize = 256;
 /// Descriptors a file holds at most: two for each right.
 const FILE_DESCRIPTORS: usize = 4;
 
@@ -34,6 +39,10 @@ pub(crate) struct Tree {
     pub(super) engine: Arc<Engine>,
     pub(super) rings: Arc<uring::Engine>,
     pub(super) layer: Option<ObjectLayer>,
+    space: Option<Arc<Space>>,
+    demoted: Option<Demoted>,
+    /// Nodes that have given their glocks up since idle ones were forgotten last.
+    retired: AtomicUsize,
     table: Mutex<HashMap<FileId, Weak<Vnode>>>,
     /// Keeps nodes alive, in the order of a clock's hand.
     kept: Mutex<VecDeque<Node>>,
@@ -58,6 +67,7 @@ impl Tree {
         engine: Arc<Engine>,
         rings: Arc<uring::Engine>,
         layer: Option<ObjectLayer>,
+        (space, demoted): (Option<Arc<Space>>, Option<Demoted>),
     ) -> Arc<Self> {
         let kept_max = namespace.kept_max().unwrap_or(KEPT_MAX).min(KEPT_MAX);
         let idle_max = (namespace.descriptors_max() / FILE_DESCRIPTORS).clamp(1, IDLE_MAX);
@@ -66,12 +76,54 @@ impl Tree {
             engine,
             rings,
             layer,
+            space,
+            demoted,
+            retired: AtomicUsize::new(0),
             table: Mutex::new(HashMap::new()),
             kept: Mutex::new(VecDeque::new()),
             kept_max: AtomicUsize::new(kept_max),
             idle: Mutex::new(VecDeque::new()),
             idle_max,
         })
+    }
+
+    /// Returns the glocks of this node, if other nodes use the directory too.
+    pub(crate) fn space(&self) -> Option<&Arc<Space>> {
+        self.space.as_ref()
+    }
+
+    /// Asks whether this node may still use the directory.
+    pub(super) fn check(&self) -> Result<(), Errno> {
+        self.space
+            .as_ref()
+            .map_or(Ok(()), |space| shared::check(space))
+    }
+
+    pub(super) fn shared(self: &Arc<Self>, id: FileId) -> Option<Shared> {
+        let space = self.space.as_ref()?;
+        let name = shared::name_of(id, self.namespace.root().id());
+        let glock = space.glock(name, || {
+            Arc::new(InodeDuties::new(Arc::downgrade(self), id))
+        });
+        Some(Shared {
+            space: Arc::clone(space),
+            glock,
+        })
+    }
+
+    /// Gives up the glock of a node that leaves memory.
+    pub(super) fn retire(&self, shared: &Shared) {
+        shared.space.retire(&shared.glock);
+        // Those that are idle by now.
+        if self.retired.fetch_add(1, Ordering::Relaxed) % RETIRED_STEP == RETIRED_STEP - 1 {
+            shared.space.reap();
+        }
+    }
+
+    pub(crate) fn tell_demoted(&self, id: FileId, to: Mode) {
+        if let Some(demoted) = &self.demoted {
+            demoted(id, to);
+        }
     }
 
     /// Returns the names below the volume's directory.
@@ -91,7 +143,7 @@ impl Tree {
     }
 
     /// Returns the node of an inode if it is held.
-    pub(super) fn held(&self, id: FileId) -> Option<Node> {
+    pub(crate) fn held(&self, id: FileId) -> Option<Node> {
         self.table.lock().get(&id)?.upgrade().map(Node)
     }
 

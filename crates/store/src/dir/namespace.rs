@@ -32,6 +32,7 @@ mod handle;
 mod stat;
 
 pub use claim::Claim;
+use claim::Sharing;
 pub use entries::{DirEntry, Entries};
 pub use handle::{Handle, RenameFlags, SetXattr};
 pub use pinfold_mem::creds::Caller;
@@ -122,6 +123,19 @@ impl Namespace {
     /// # Errors
     /// See [`OpenError`].
     pub fn open(dir: &Path) -> Result<Self, OpenError> {
+        Self::open_as(dir, Sharing::Alone)
+    }
+
+    /// As [`Namespace::open`], beside others that open it so: they see to it that they agree. It is claimed against those that
+    /// want it alone.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn open_shared(dir: &Path) -> Result<Self, OpenError> {
+        Self::open_as(dir, Sharing::Together)
+    }
+
+    fn open_as(dir: &Path, sharing: Sharing) -> Result<Self, OpenError> {
         let unusable = |errno: rustix::io::Errno| OpenError::Unusable {
             path: dir.to_owned(),
             errno: Errno::from_raw(errno.raw_os_error()),
@@ -145,7 +159,7 @@ impl Namespace {
         .map_err(|errno| OpenError::NoProc {
             errno: Errno::from_raw(errno.raw_os_error()),
         })?;
-        let claim = Claim::take(dir, &fd)?;
+        let claim = Claim::take(dir, &fd, sharing)?;
         let path = rustix::fs::openat(&fd, ".", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
             .map_err(unusable)?;
         let space = Arc::new(Space::new());

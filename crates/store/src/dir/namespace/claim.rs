@@ -4,6 +4,8 @@
 //! meets the lock on the same directory, on one above (it asks for shared there) and on one below (its exclusive lock
 //! meets the shared one). The locks vanish with their descriptors, also when the process is killed.
 //! A forked child inherits descriptors of the same locks; so they are taken off when the claim ends, however long it lives.
+//! Nodes of a cluster lock the directory shared: each other they let pass, others not. One that serves a directory below it
+//! alone goes unnoticed then.
 //! Ancestors that cannot be opened, that others use for temporary files (sticky ones, where cleaning programs take
 //! locks of their own) and the root directory are left out: nobody serves those.
 
@@ -29,8 +31,17 @@ pub struct Claim {
     process: Process,
 }
 
+/// Beside whom a directory is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sharing {
+    /// Nobody.
+    Alone,
+    /// Others that say so too.
+    Together,
+}
+
 impl Claim {
-    pub(super) fn take(path: &Path, dir: &OwnedFd) -> Result<Self, OpenError> {
+    pub(super) fn take(path: &Path, dir: &OwnedFd, sharing: Sharing) -> Result<Self, OpenError> {
         let unusable = |errno: rustix::io::Errno| OpenError::Unusable {
             path: path.to_owned(),
             errno: Errno::from_raw(errno.raw_os_error()),
@@ -39,7 +50,11 @@ impl Claim {
         // A description of its own: dropping the claim must not depend on who else holds `dir`.
         let own = rustix::fs::openat(dir, ".", flags, Mode::empty()).map_err(unusable)?;
         let stat = rustix::fs::fstat(&own).map_err(unusable)?;
-        match rustix::fs::flock(&own, FlockOperation::NonBlockingLockExclusive) {
+        let lock = match sharing {
+            Sharing::Alone => FlockOperation::NonBlockingLockExclusive,
+            Sharing::Together => FlockOperation::NonBlockingLockShared,
+        };
+        match rustix::fs::flock(&own, lock) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => return Err(claimed(path, &own, &stat)),
             // Some network filesystems cannot lock a directory; two servers there are the user's to avoid.

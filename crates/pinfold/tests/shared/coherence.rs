@@ -1,0 +1,173 @@
+//! Bytes, sizes, times and names: what one node did, the other sees.
+
+use std::time::{Duration, SystemTime};
+
+use pinfold::{AllocateMode, ErrorKind, OpenOptions, SetAttributes, SetTime, Volume};
+
+use super::rig::{MEMORY, PAGE, Rig, filled, read, rw, watched};
+
+#[test]
+fn a_read_sees_what_another_node_wrote_before() {
+    watched(|| {
+        let rig = Rig::new();
+        let [a, b] = [0, 1].map(|node| rig.open(node, "f"));
+        for round in 0..50u8 {
+            let (writer, reader) = if round % 2 == 0 { (&a, &b) } else { (&b, &a) };
+            let bytes = filled(3 * PAGE + 17, round + 1);
+            assert_eq!(writer.write_at(&bytes, 5).unwrap(), bytes.len());
+            assert_eq!(read(reader, bytes.len(), 5), bytes, "round {round}");
+            // Both hold it now, and go on reading.
+            assert_eq!(read(writer, bytes.len(), 5), bytes, "round {round}");
+        }
+    });
+}
+
+#[test]
+fn sizes_follow_growth_and_cuts_of_another_node() {
+    watched(|| {
+        let rig = Rig::new();
+        let [a, b] = [0, 1].map(|node| rig.open(node, "f"));
+        a.write_at(&filled(10_000, b'a'), 0).unwrap();
+        assert_eq!(b.len(), 10_000);
+        b.set_len(5000).unwrap();
+        assert_eq!(read(&a, 20_000, 0), filled(5000, b'a'));
+        a.set_len(6000).unwrap();
+        let mut expected = filled(5000, b'a');
+        expected.resize(6000, 0);
+        assert_eq!(read(&b, 20_000, 0), expected);
+        assert_eq!(read(&b, 1, 6000), []);
+        a.write_at(b"z", 6000).unwrap();
+        assert_eq!(read(&b, 2, 6000), b"z");
+        b.punch(0..PAGE as u64).unwrap();
+        assert_eq!(read(&a, PAGE, 0), filled(PAGE, 0));
+        a.allocate(AllocateMode::Extend, 0..1 << 20).unwrap();
+        assert_eq!(b.len(), 1 << 20);
+    });
+}
+
+#[test]
+fn attributes_are_those_that_another_node_left() {
+    watched(|| {
+        let rig = Rig::new();
+        let [a, b] = [0, 1].map(|node| rig.open(node, "f"));
+        a.write_at(&filled(100, 1), 0).unwrap();
+        let [one, other] = [&a, &b].map(|file| file.node().attributes().unwrap());
+        assert_eq!((one.len, one.modified), (other.len, other.modified));
+        let then = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+        let set = SetAttributes {
+            modified: SetTime::At(then),
+            permissions: Some(0o600),
+            ..SetAttributes::default()
+        };
+        b.node().set_attributes(&set).unwrap();
+        let seen = a.node().attributes().unwrap();
+        assert_eq!((seen.modified, seen.permissions), (then, 0o600));
+        // A node that looks for the first time sees what is cached elsewhere.
+        a.write_at(&filled(200, 2), 0).unwrap();
+        let looked = rig.nodes[1].metadata("f").unwrap();
+        assert_eq!(looked.len, 200);
+        assert!(looked.modified > then);
+    });
+}
+
+#[test]
+fn a_sync_makes_durable_what_another_node_wrote() {
+    watched(|| {
+        let rig = Rig::new();
+        let [a, b] = [0, 1].map(|node| rig.open(node, "f"));
+        a.write_at(&filled(9000, 3), 0).unwrap();
+        b.sync_all().unwrap();
+        let stored = std::fs::read(rig.dir.path().join("f")).unwrap();
+        assert_eq!(stored, filled(9000, 3));
+    });
+}
+
+#[test]
+fn direct_and_buffered_calls_of_two_nodes_agree() {
+    watched(|| {
+        let rig = Rig::new();
+        let a = rig.open(0, "f");
+        let b = rig.open_with(1, "f", &rw().direct(true));
+        let mut buf = pinfold::AlignedBuf::zeroed(2 * PAGE);
+        for round in 1..20u8 {
+            a.write_at(&filled(4 * PAGE, round), 0).unwrap();
+            assert_eq!(b.read_at(buf.as_mut_slice(), 0).unwrap(), 2 * PAGE);
+            assert_eq!(buf.as_mut_slice()[..2 * PAGE], filled(2 * PAGE, round));
+            buf.as_mut_slice().fill(100 + round);
+            assert_eq!(
+                b.write_at(&buf.as_mut_slice()[..2 * PAGE], PAGE as u64)
+                    .unwrap(),
+                2 * PAGE
+            );
+            let seen = read(&a, 4 * PAGE, 0);
+            assert_eq!(seen[..PAGE], filled(PAGE, round));
+            assert_eq!(seen[PAGE..3 * PAGE], filled(2 * PAGE, 100 + round));
+            assert_eq!(seen[3 * PAGE..], filled(PAGE, round));
+        }
+    });
+}
+
+#[test]
+fn names_that_another_node_changes_are_seen_at_once() {
+    watched(|| {
+        let rig = Rig::new();
+        let (a, b) = (&rig.nodes[0], &rig.nodes[1]);
+        a.create_dir("d", 0o755).unwrap();
+        a.open("d/x", &rw()).unwrap().write_at(b"x", 0).unwrap();
+        let held = b.open("d/x", &rw()).unwrap();
+        a.rename("d/x", "y").unwrap();
+        assert!(b.metadata("d/x").is_err());
+        assert_eq!(b.metadata("y").unwrap().id, held.node().id());
+        b.hard_link("y", "d/z").unwrap();
+        assert_eq!(a.metadata("y").unwrap().links, 2);
+        a.remove_file("y").unwrap();
+        b.remove_file("d/z").unwrap();
+        // Unlinked, and open on the other node: it lives until that lets go.
+        assert_eq!(read(&held, 9, 0), b"x");
+        let new = OpenOptions::new().write(true).create_new(true);
+        a.open("d/x", &new).unwrap();
+        let refused = b.open("d/x", &new).unwrap_err();
+        assert_eq!(refused.errno(), pinfold::Errno::EEXIST);
+    });
+}
+
+#[test]
+fn data_of_a_file_unlinked_elsewhere_outlives_its_writer() {
+    watched(|| {
+        let rig = Rig::new();
+        let [a, b] = [0, 1].map(|node| rig.open(node, "f"));
+        a.write_at(&filled(PAGE, 7), 0).unwrap();
+        rig.nodes[0].remove_file("f").unwrap();
+        drop(a);
+        assert_eq!(read(&b, PAGE, 0), filled(PAGE, 7));
+    });
+}
+
+#[test]
+fn a_volume_without_glocks_is_kept_out() {
+    watched(|| {
+        let rig = Rig::new();
+        let alone = Volume::builder().memory(MEMORY).open_dir(rig.dir.path());
+        assert_eq!(alone.unwrap_err().kind(), ErrorKind::AlreadyServed);
+        let dir = rig.dir.path().to_owned();
+        let Rig {
+            nodes, dir: _kept, ..
+        } = rig;
+        drop(nodes);
+        drop(Volume::builder().memory(MEMORY).open_dir(dir).unwrap());
+    });
+}
+
+#[test]
+fn nodes_that_end_leave_their_locks_to_the_others() {
+    watched(|| {
+        let mut rig = Rig::of(3);
+        let a = rig.open(0, "f");
+        a.write_at(&filled(PAGE, 9), 0).unwrap();
+        drop(a);
+        rig.nodes.remove(0).close().unwrap();
+        assert_eq!(read(&rig.open(0, "f"), PAGE, 0), filled(PAGE, 9));
+        drop(rig.nodes.remove(0));
+        rig.open(0, "f").write_at(b"alone", 0).unwrap();
+    });
+}
