@@ -30,5 +30,5 @@ pub use glock::{Duties, Glock, Guard, Kept, Queued, lock_all, wait_all};
 pub use machine::{QUEUE_MAX, Refusal};
 pub use mode::{Flags, Mode, Request};
 pub use report::{Counts, DemoteReport, Doing, HolderReport, Report};
-pub use service::{JoinError, LockService, Name};
+pub use service::{FenceCounts, JoinError, LockService, Name};
 pub use space::{Options, Space, WORKERS_MAX};

@@ -98,6 +98,21 @@ pub trait Events: Send + Sync {
     fn lost(&self, errno: Errno);
 }
 
+/// How a node found out that dead nodes write no more, and how often.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct FenceCounts {
+    /// Processes of this machine that had ended.
+    pub gone: u64,
+    /// Stopped processes of this machine that were killed.
+    pub killed: u64,
+    /// Fence commands that succeeded.
+    pub fenced: u64,
+    /// Fence commands that failed.
+    pub failed: u64,
+    /// Nodes for which the grace had to be waited for.
+    pub waited: u64,
+}
+
 /// One node's membership.
 pub trait Session: Send + Sync + fmt::Debug {
     /// Asks to change `name` from one mode to another and returns at once; the answer is one [`Events::reply`], perhaps
@@ -107,6 +122,11 @@ pub trait Session: Send + Sync + fmt::Debug {
 
     /// Until when this node may use its locks, by its own clock; `None` if nothing but the process ends it.
     fn good_until(&self) -> Option<Time>;
+
+    /// Tells what this node did about others' deaths; nothing where the service has no such thing.
+    fn fencing(&self) -> FenceCounts {
+        FenceCounts::default()
+    }
 
     /// Leaves in good order: every lock was given up.
     fn leave(&self);

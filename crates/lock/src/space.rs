@@ -22,7 +22,7 @@ use crate::glock::{Duties, Glock, Host};
 use crate::machine::{Machine, Work};
 use crate::mode::Mode;
 use crate::report::Report;
-use crate::service::{Events, JoinError, LockService, Name, Reply, Session, Wait};
+use crate::service::{Events, FenceCounts, JoinError, LockService, Name, Reply, Session, Wait};
 
 /// Threads that do duties.
 pub const WORKERS_MAX: usize = 64;
@@ -208,6 +208,13 @@ impl Space {
         let mut reports: Vec<Report> = glocks.iter().map(|glock| glock.report()).collect();
         reports.sort_by_key(|report| report.name);
         reports
+    }
+
+    /// Tells what this node did about others' deaths.
+    #[must_use]
+    pub fn fencing(&self) -> FenceCounts {
+        let session = self.node.session.get();
+        session.map(|session| session.fencing()).unwrap_or_default()
     }
 
     /// Gives every lock up, for at most `patience`. Those that are asked for meanwhile are given up again.

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use cluster::{Cache, Node, PATIENCE, Stored, name, node, operations, race};
 use pinfold_base::Errno;
 use pinfold_lock::Mode::{self, Deferred, Exclusive, Shared};
-use pinfold_lock::service::etcd::{Etcd, Tls};
-use pinfold_lock::{Flags, Glock, Options, Refusal, Request, Space};
+use pinfold_lock::service::etcd::{Etcd, Fence, Tls};
+use pinfold_lock::{FenceCounts, Flags, Glock, Options, Refusal, Request, Space};
 use server::{Cut, Server};
 
 /// A volume whose nodes live, however little of a busy machine they get.
@@ -55,7 +55,7 @@ fn lock_later(
     result
 }
 
-fn until(what: &str, condition: impl Fn() -> bool) {
+fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let end = Instant::now() + PATIENCE;
     while !condition() {
         assert!(Instant::now() < end, "never: {what}");
@@ -287,13 +287,13 @@ fn what_cannot_work_is_told_at_the_start() {
         (
             "/new",
             "/new/volume",
-            "pinfold-lock 2 volume-1",
+            "pinfold-lock 3 volume-1",
             Errno::EOPNOTSUPP,
         ),
         (
             "/old",
             "/old/volume",
-            "pinfold-lock 0 volume-1",
+            "pinfold-lock 1 volume-1",
             Errno::EOPNOTSUPP,
         ),
     ] {
@@ -306,7 +306,7 @@ fn what_cannot_work_is_told_at_the_start() {
         assert_eq!(errno, expected, "{prefix} {why}");
         assert!(why.contains(prefix), "{why}");
     }
-    server.put("/bad/volume", "pinfold-lock 1 volume-1");
+    server.put("/bad/volume", "pinfold-lock 2 volume-1");
     server.put("/bad/lock/12/what", "");
     let bad = Etcd {
         prefix: "/bad".to_owned(),
@@ -314,6 +314,10 @@ fn what_cannot_work_is_told_at_the_start() {
     };
     assert_eq!(refusal(&bad, "second").0, Errno::EUCLEAN);
     // Who was refused leaves nothing behind.
+    for kept in ["/bad/member/", "/bad/node/"] {
+        assert_eq!(server.keys(kept), Vec::<String>::new());
+    }
+    assert_eq!(server.keys("/test/node/").len(), 1);
     assert_eq!(server.keys("/test/member/"), ["/test/member/first"]);
 
     for member in ["", "a.b", "a/b", "a b", &"x".repeat(65)] {
@@ -364,7 +368,7 @@ fn what_others_do_to_our_keys_makes_the_node_withdraw() {
             "garbled" => server.put("/garbled/lock/1.0/other.12", "everything"),
             "robbed" => server.delete(&claim),
             "expelled" => server.delete("/expelled/member/node0"),
-            _ => server.put("/renamed/volume", "pinfold-lock 1 another"),
+            _ => server.put("/renamed/volume", "pinfold-lock 2 another"),
         }
         until(case, || node.space.check().is_err());
         assert_eq!(node.space.check(), Err(expected), "{case}");
@@ -499,6 +503,291 @@ fn t63_no_lock_of_the_dead_is_given_before_the_grace() {
         assert_eq!(tried.unwrap_err(), Refusal::TryFailed);
     }
     assert!(server.keys("/test/lock/").contains(&claims[0]));
+}
+
+/// A fence command that notes its beginning, waits for `go`, notes its end, and ends with `status`.
+struct Script {
+    directory: tempfile::TempDir,
+}
+
+impl Script {
+    fn new(status: u8) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let text = format!(
+            "#!/bin/sh\ncd {}\necho $$ > pid\necho begin $1 >> said\n\
+             until [ -e go ]; do sleep 0.05; done\necho end $1 >> said\nexit {status}\n",
+            directory.path().display()
+        );
+        // Made by another process: what this one has open for writing, a child of another test may have inherited.
+        let made = std::process::Command::new("sh")
+            .args(["-c", "printf %s \"$1\" > \"$0\" && chmod 700 \"$0\""])
+            .arg(directory.path().join("fence"))
+            .arg(text)
+            .status();
+        assert!(made.unwrap().success());
+        Self { directory }
+    }
+
+    fn fence(&self) -> Option<Fence> {
+        Some(Fence {
+            limit: PATIENCE,
+            ..Fence::new(self.directory.path().join("fence"))
+        })
+    }
+
+    fn go(&self) {
+        std::fs::write(self.directory.path().join("go"), "").unwrap();
+    }
+
+    fn said(&self) -> Vec<String> {
+        let text = std::fs::read_to_string(self.directory.path().join("said")).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+}
+
+fn sum(nodes: &[&Node], count: impl Fn(FenceCounts) -> u64) -> u64 {
+    nodes.iter().map(|node| count(node.space.fencing())).sum()
+}
+
+/// H-13.
+#[test]
+fn h13_t63_a_fence_command_comes_before_the_grant_and_is_run_once() {
+    let server = Server::start();
+    let script = Script::new(0);
+    let stored = [Arc::default()];
+    let survivor = Etcd {
+        // Whoever has the lock of the dead before this is over has it because of the command.
+        grace: Duration::from_secs(3600),
+        fence: script.fence(),
+        ..volume(&server)
+    };
+    let a = node(&mortal(&server), 0, &stored);
+    let b = node(&survivor, 1, &stored);
+    let c = node(&survivor, 2, &stored);
+    drop(a.files[0].0.lock(Request::new(Exclusive)).unwrap());
+    // Dies without a word; its process lives, and is not stopped.
+    drop(a);
+    let granted = lock_later(&b.files[0].0, &b.files[0].1, Exclusive);
+    until("the command runs", || !script.said().is_empty());
+    // Both survivors have heard of it by now, or hear of it before this is answered.
+    let tried = c.files[0].0.lock(Request::new(Shared).with(Flags::TRY));
+    assert_eq!(tried.unwrap_err(), Refusal::TryFailed);
+    assert!(granted.try_recv().is_err(), "before the fence");
+    script.go();
+    assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
+    assert_eq!(script.said(), ["begin node0", "end node0"]);
+    assert_eq!(sum(&[&b, &c], |counts| counts.fenced), 1);
+    assert_eq!(sum(&[&b, &c], |counts| counts.failed + counts.waited), 0);
+    until("its turn is over", || {
+        server.keys("/test/fence/").is_empty() && server.keys("/test/node/").len() == 2
+    });
+}
+
+#[test]
+fn t63_a_fence_command_that_fails_leaves_the_lease_and_the_grace() {
+    let server = Server::start();
+    let script = Script::new(1);
+    let stored = [Arc::default()];
+    let survivor = Etcd {
+        fence: script.fence(),
+        ..volume(&server)
+    };
+    let a = node(&mortal(&server), 0, &stored);
+    let b = node(&survivor, 1, &stored);
+    drop(a.files[0].0.lock(Request::new(Exclusive)).unwrap());
+    script.go();
+    drop(a);
+    let granted = lock_later(&b.files[0].0, &b.files[0].1, Exclusive);
+    assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
+    until("it is counted", || {
+        let counts = b.space.fencing();
+        (counts.fenced, counts.failed, counts.waited) == (0, 1, 1)
+    });
+    assert_eq!(script.said(), ["begin node0", "end node0"]);
+}
+
+#[test]
+fn t63_nobody_waits_longer_than_the_grace_for_a_fence_command() {
+    let server = Server::start();
+    let script = Script::new(0);
+    let stored = [Arc::default()];
+    let survivor = Etcd {
+        fence: script.fence(),
+        ..volume(&server)
+    };
+    let a = node(&mortal(&server), 0, &stored);
+    let b = node(&survivor, 1, &stored);
+    drop(a.files[0].0.lock(Request::new(Exclusive)).unwrap());
+    drop(a);
+    let granted = lock_later(&b.files[0].0, &b.files[0].1, Exclusive);
+    assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
+    until("it is b's turn", || {
+        !script.said().is_empty() && server.keys("/test/fence/").len() == 1
+    });
+    // A node that leaves takes its command with it: none runs beside one that a survivor begins then.
+    drop(b.files);
+    b.space.leave(PATIENCE).unwrap();
+    assert_eq!(server.keys("/test/fence/"), Vec::<String>::new());
+    let pid = std::fs::read_to_string(script.directory.path().join("pid")).unwrap();
+    until("its command is gone", || {
+        !std::path::Path::new("/proc").join(pid.trim()).exists()
+    });
+    script.go();
+    assert_eq!(script.said(), ["begin node0"]);
+}
+
+/// A node of a process of its own, for the test below.
+#[test]
+#[ignore = "run by another test"]
+fn a_node_of_its_own_process() {
+    let endpoint = std::env::var("PINFOLD_TEST_ETCD").unwrap();
+    let service = Etcd {
+        lease: Duration::from_secs(8),
+        ..Etcd::new(&[&endpoint], "/test", "volume-1")
+    };
+    let node = node(&service, 0, &[Arc::default()]);
+    let _guard = node.files[0].0.lock(Request::new(Exclusive)).unwrap();
+    // Until it is killed, by the survivor or by the test.
+    std::thread::sleep(PATIENCE * 2);
+}
+
+#[test]
+fn t63_a_stopped_process_is_killed_before_its_locks_are_taken() {
+    let server = Server::start();
+    let survivor = Etcd {
+        grace: Duration::from_secs(3600),
+        ..volume(&server)
+    };
+    for stops in [true, false] {
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_node_of_its_own_process", "--ignored"])
+            .env("PINFOLD_TEST_ETCD", server.endpoint())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut child = Ended(child);
+        until("it has the lock", || {
+            assert!(child.0.try_wait().unwrap().is_none(), "it failed");
+            server.keys("/test/lock/").len() == 1
+        });
+        let b = node(&survivor, 1, &[Arc::default()]);
+        let pid = rustix::process::Pid::from_child(&child.0);
+        let signal = if stops {
+            rustix::process::Signal::STOP
+        } else {
+            rustix::process::Signal::KILL
+        };
+        rustix::process::kill_process(pid, signal).unwrap();
+        let granted = lock_later(&b.files[0].0, &b.files[0].1, Exclusive);
+        assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
+        let expected = FenceCounts {
+            killed: u64::from(stops),
+            gone: u64::from(!stops),
+            ..FenceCounts::default()
+        };
+        assert_eq!(b.space.fencing(), expected);
+        assert!(child.0.wait().unwrap().code().is_none(), "killed");
+        drop(b.files);
+        b.space.leave(PATIENCE).unwrap();
+    }
+}
+
+/// A child that does not outlive its test.
+struct Ended(std::process::Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_survey_tells_who_holds_what_and_who_waits_for_whom() {
+    let server = Server::start();
+    let service = volume(&server);
+    let nothing = Etcd {
+        prefix: "/nothing".to_owned(),
+        ..service.clone()
+    };
+    let error = nothing.survey().unwrap_err();
+    assert_eq!(error.errno, Errno::ENOENT);
+    assert!(error.to_string().contains("/nothing"), "{error}");
+    server.put("/else/config", "x");
+    let other = Etcd {
+        prefix: "/else".to_owned(),
+        ..service.clone()
+    };
+    assert_eq!(other.survey().unwrap_err().errno, Errno::EUCLEAN);
+    server.put("/new/volume", "pinfold-lock 3 volume-1");
+    let newer = Etcd {
+        prefix: "/new".to_owned(),
+        ..service.clone()
+    };
+    assert_eq!(newer.survey().unwrap_err().errno, Errno::EOPNOTSUPP);
+
+    let stored: Vec<Arc<Stored>> = (0..2).map(|_| Arc::default()).collect();
+    let nodes: Vec<Node> = (0..3).map(|which| node(&service, which, &stored)).collect();
+    let guard = nodes[0].files[0].0.lock(Request::new(Shared)).unwrap();
+    let queued: Vec<_> = [1, 2]
+        .map(|which: usize| {
+            let mode = [Shared, Exclusive, Shared][which];
+            let granted = lock_later(&nodes[which].files[0].0, &nodes[which].files[0].1, mode);
+            until("its claim is made", || {
+                server.keys("/test/lock/1.0/").len() == which + 1
+            });
+            granted
+        })
+        .into();
+    let survey = service.survey().unwrap();
+    assert_eq!(survey.volume, "volume-1");
+    assert_eq!(survey.strange, Vec::<String>::new());
+    let told: Vec<(String, bool, usize, usize)> = survey
+        .nodes
+        .iter()
+        .map(|node| (node.name.clone(), node.alive, node.holds, node.waits))
+        .collect();
+    let expected = [("node0", 1, 0), ("node1", 0, 1), ("node2", 0, 1)];
+    let expected = expected.map(|(name, holds, waits)| (name.to_owned(), true, holds, waits));
+    assert_eq!(told, expected);
+    for node in &survey.nodes {
+        assert_eq!(node.pid, Some(std::process::id()));
+        let lease = node.lease.unwrap();
+        assert_eq!(lease.granted, service.lease);
+        assert!(lease.left <= service.lease && node.since.is_some());
+    }
+    assert_eq!(survey.locks.len(), 1);
+    let lock = &survey.locks[0];
+    assert_eq!(lock.name, name(1));
+    let claims: Vec<(&str, Mode, Vec<usize>)> = lock
+        .claims
+        .iter()
+        .map(|claim| (claim.node.as_str(), claim.mode, claim.behind.clone()))
+        .collect();
+    // The reader waits for the writer before it, not for the reader that holds.
+    assert_eq!(
+        claims,
+        [
+            ("node0", Shared, vec![]),
+            ("node1", Exclusive, vec![0]),
+            ("node2", Shared, vec![1])
+        ]
+    );
+    assert_eq!(lock.claims[0].token, nodes[0].files[0].0.token().0);
+    drop(guard);
+    for granted in queued {
+        assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
+    }
+    drop(nodes);
+    until("all leases are gone or dead", || {
+        server.delete_all("/test/member/");
+        let survey = service.survey().unwrap();
+        survey.nodes.iter().all(|node| !node.alive)
+    });
+    server.put("/test/lock/xyz", "1");
+    server.put("/test/lock/3.0/node.1", "everything");
+    let survey = service.survey().unwrap();
+    assert_eq!(survey.strange, ["/test/lock/3.0/node.1", "/test/lock/xyz"]);
 }
 
 /// Run by hand: `cargo test -p pinfold-lock --features etcd --release --test etcd -- --ignored --nocapture`.

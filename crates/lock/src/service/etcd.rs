@@ -6,7 +6,8 @@
 //!                          lease  --> good_until: renewed, or the node stops
 //! ```
 //!
-//! *Owns*: the keys (`keys`), what follows from their order (`board`), membership, recovery of the dead (`actor`).
+//! *Owns*: the keys (`keys`), what follows from their order (`board`), membership, recovery of the dead (`actor`, with
+//! `fence` and `process`), what people want to know of all nodes (`survey`).
 //!
 //! *Does not own*: a lock table: what is granted follows from keys that every node reads for itself. Fencing at the store:
 //! [`super::Token`] is what a store would compare.
@@ -14,7 +15,8 @@
 //! *Locking*: none; the actor owns all of it, and sessions send to it.
 //!
 //! A claim does not go with its owner's lease: when a member's lease ends, its claims stay, and nobody is granted what they
-//! exclude, until a survivor has waited for the grace and taken them away (H-13). Every transaction names the lease of its
+//! exclude, until a survivor has taken them away (H-13): after the grace, or as soon as it is sure that the dead node
+//! writes no more, because its process ended or was killed, or because an operator's fence command succeeded. Every transaction names the lease of its
 //! member, so that a node that was paused past its lease changes nothing any more.
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,17 +28,22 @@ use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
 use pinfold_base::Errno;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
-use super::{Events, JoinError, LockService, Name, Session, Wait};
+use super::{Events, FenceCounts, JoinError, LockService, Name, Session, Wait};
 use crate::clock::Time;
 use crate::mode::Mode;
 
 mod actor;
 mod board;
+mod fence;
 mod keys;
+mod process;
 mod start;
+mod survey;
 mod wire;
 
+pub use fence::Fence;
 pub use keys::MEMBER_NAME_MAX;
+pub use survey::{ClaimReport, LeaseReport, LockReport, NodeReport, Survey};
 
 /// The shortest lease: etcd grants none below two election timeouts.
 const LEASE_MIN: Duration = Duration::from_secs(2);
@@ -64,6 +71,8 @@ pub struct Etcd {
     pub lease: Duration,
     /// How long survivors wait after a lease has ended before they take the locks: writes on their way arrive meanwhile.
     pub grace: Duration,
+    /// What to run when a node's lease has ended. When it succeeds, the grace is not waited for.
+    pub fence: Option<Fence>,
     /// User and password.
     pub user: Option<(String, String)>,
     /// Certificates, in PEM.
@@ -100,6 +109,7 @@ impl Etcd {
             volume: volume.to_owned(),
             lease: Duration::from_secs(10),
             grace: Duration::from_secs(5),
+            fence: None,
             user: None,
             tls: None,
         }
@@ -165,6 +175,22 @@ impl Etcd {
     }
 }
 
+impl Etcd {
+    /// Reads what is kept for the volume under the prefix, without becoming a member. [`Etcd::volume`] is not compared.
+    ///
+    /// # Errors
+    /// ENOENT if nothing is kept there; otherwise as [`Etcd::join`](LockService::join).
+    pub fn survey(&self) -> Result<Survey, JoinError> {
+        if self.endpoints.is_empty() || self.prefix.trim_matches('/').is_empty() {
+            return Err(JoinError::new(
+                Errno::EINVAL,
+                "a server and a prefix are needed",
+            ));
+        }
+        survey::survey(self)
+    }
+}
+
 impl LockService for Etcd {
     /// Connects, checks that the prefix is this volume's, and becomes a member.
     ///
@@ -177,12 +203,14 @@ impl LockService for Etcd {
         let (sender, receiver) = unbounded_channel();
         let (started, outcome) = sync_channel(1);
         let good_until = Arc::new(GoodUntil::default());
+        let tally = Arc::new(fence::Tally::default());
         let start = start::Start {
             etcd: self.clone(),
             member: member.to_owned(),
             events,
             sender: sender.clone(),
             good_until: Arc::clone(&good_until),
+            tally: Arc::clone(&tally),
         };
         std::thread::Builder::new()
             .name("glock-etcd".to_owned())
@@ -190,7 +218,11 @@ impl LockService for Etcd {
             .map_err(|error| JoinError::new(Errno::from(&error), format!("no thread: {error}")))?;
         // The thread answers after a few steps of at most START_MAX; this only guards against more.
         match outcome.recv_timeout(START_MAX * 8) {
-            Ok(Ok(())) => Ok(Box::new(EtcdSession { sender, good_until })),
+            Ok(Ok(())) => Ok(Box::new(EtcdSession {
+                sender,
+                good_until,
+                tally,
+            })),
             Ok(Err(why)) => Err(why),
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Err(JoinError::new(
                 Errno::ENOTCONN,
@@ -234,6 +266,7 @@ enum Ask {
 struct EtcdSession {
     sender: UnboundedSender<actor::Message>,
     good_until: Arc<GoodUntil>,
+    tally: Arc<fence::Tally>,
 }
 
 impl EtcdSession {
@@ -255,6 +288,10 @@ impl Session for EtcdSession {
 
     fn good_until(&self) -> Option<Time> {
         Some(self.good_until.get())
+    }
+
+    fn fencing(&self) -> FenceCounts {
+        self.tally.counts()
     }
 
     fn leave(&self) {

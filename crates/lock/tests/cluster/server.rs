@@ -190,6 +190,10 @@ impl Server {
         assert_eq!(self.must(&["del", key]).trim(), "1", "{key} is there");
     }
 
+    pub fn delete_all(&self, prefix: &str) {
+        self.must(&["del", "--prefix", prefix]);
+    }
+
     pub fn keys(&self, prefix: &str) -> Vec<String> {
         let text = self.must(&["get", "--prefix", "--keys-only", prefix]);
         let lines = text.lines().filter(|line| !line.is_empty());

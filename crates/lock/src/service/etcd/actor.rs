@@ -3,6 +3,7 @@
 //! *Owns*: the order in which answers, changes and requests are taken in; the lease's renewal; taking over from the dead.
 
 use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -11,7 +12,9 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 
 use super::board::{Board, Out};
+use super::fence::{Fence, Tally, count};
 use super::keys::{Claim, Key, Owner};
+use super::process::Fate;
 use super::wire::{Claims, Lost, Pause, Wire, change_of, garbage, judge};
 use super::{Ask, GoodUntil};
 use crate::clock::Time;
@@ -20,6 +23,12 @@ use crate::service::{Events, Name, Wait};
 
 /// Transactions on their way at once.
 const FLIGHT_MAX: usize = 256;
+/// Fence commands that run at once.
+const COMMANDS_MAX: usize = 8;
+/// How long a killed process may take to end.
+const KILL_MAX: Duration = Duration::from_secs(30);
+/// How long the end of fence commands is waited for when this node ends.
+const COMMAND_END: Duration = Duration::from_secs(2);
 
 /// What the actor takes in, one after the other.
 pub(super) enum Message {
@@ -56,6 +65,13 @@ pub(super) struct Told {
     lease_before: i64,
 }
 
+/// What is done about the dead.
+pub(super) struct Recovery {
+    pub grace: Duration,
+    pub fence: Option<Fence>,
+    pub tally: Arc<Tally>,
+}
+
 /// The node's end of etcd.
 pub(super) struct Actor {
     wire: Wire,
@@ -64,8 +80,12 @@ pub(super) struct Actor {
     sender: UnboundedSender<Message>,
     good_until: Arc<GoodUntil>,
     ttl: Duration,
-    grace: Duration,
+    recovery: Arc<Recovery>,
     flight: Arc<Semaphore>,
+    /// A permit for each fence command that runs.
+    commands: Arc<Semaphore>,
+    /// Fence commands are to end: the node does.
+    ending: Arc<AtomicBool>,
     /// The dead whose claims a task of ours takes away.
     burying: HashSet<Owner>,
     /// Requests made so far.
@@ -79,7 +99,7 @@ impl Actor {
         sender: UnboundedSender<Message>,
         good_until: Arc<GoodUntil>,
         ttl: Duration,
-        grace: Duration,
+        recovery: Recovery,
     ) -> Self {
         Self {
             board: Board::new(wire.me.clone()),
@@ -88,8 +108,10 @@ impl Actor {
             sender,
             good_until,
             ttl,
-            grace,
+            recovery: Arc::new(recovery),
             flight: Arc::new(Semaphore::new(FLIGHT_MAX)),
+            commands: Arc::new(Semaphore::new(COMMANDS_MAX)),
+            ending: Arc::new(AtomicBool::new(false)),
             burying: HashSet::new(),
             serial: 0,
         }
@@ -118,6 +140,15 @@ impl Actor {
         }
         renewal.abort();
         watching.abort();
+        self.end_commands().await;
+    }
+
+    /// Has the fence commands end that run, so that none is left when another node may begin one.
+    async fn end_commands(&self) {
+        self.ending.store(true, Ordering::Relaxed);
+        // All of them; as long as any runs, there are fewer.
+        let all = self.commands.acquire_many(COMMANDS_MAX as u32);
+        let _ = tokio::time::timeout(COMMAND_END, all).await;
     }
 
     async fn take(&mut self, message: Message) -> Result<bool, Lost> {
@@ -129,6 +160,9 @@ impl Actor {
                 wait,
             }) => self.change(name, from, to, wait)?,
             Message::Ask(Ask::Leave(done)) => {
+                self.end_commands().await;
+                let patience = self.wire.patience;
+                let _ = tokio::time::timeout(patience, self.wire.strike_off()).await;
                 let mut client = self.wire.client.clone();
                 // Takes the member's key along. Every claim was given up.
                 let revoke = client.lease_revoke(self.wire.me.lease);
@@ -257,7 +291,7 @@ impl Actor {
                 }
                 Ok(())
             }
-            Some(Key::Member(_)) => Ok(()),
+            Some(Key::Member(_) | Key::Node(_) | Key::Fence(_)) => Ok(()),
             // Nobody changes what the volume is while it is served.
             Some(Key::Volume) => Err(Lost::Garbage(self.wire.keys.volume())),
             None => Err(garbage(&told.pair)),
@@ -291,18 +325,43 @@ impl Actor {
         Ok(())
     }
 
-    /// Takes the claims of a dead member away after the grace. Every survivor does: whoever comes first has done it, and
-    /// none depends on another's life (H-15).
+    /// Takes the claims of a dead member away after the grace, or when it is sure to write no more. Every survivor does:
+    /// whoever comes first has done it, and none depends on another's life (H-15).
     fn take_over(&mut self, dead: Owner) {
         if !self.burying.insert(dead.clone()) {
             return;
         }
-        let grace = self.grace;
+        let task = Fencing {
+            recovery: Arc::clone(&self.recovery),
+            commands: Arc::clone(&self.commands),
+            ending: Arc::clone(&self.ending),
+        };
         self.spawn(move |wire| async move {
             // Counted from here: the lease has ended by now, by etcd's own clock. The machine may sleep meanwhile, which only
             // makes it longer.
-            tokio::time::sleep(grace).await;
-            wire.bury(&dead).await?;
+            let grace = tokio::time::sleep(task.recovery.grace);
+            let (theirs, whose) = (wire.clone(), dead.clone());
+            let recovery = Arc::clone(&task.recovery);
+            let mut fenced = tokio::spawn(async move { task.run(&theirs, &whose).await });
+            tokio::pin!(grace);
+            let first = tokio::select! {
+                fenced = &mut fenced => Some(fenced),
+                () = &mut grace => None,
+            };
+            let ended = first.is_some();
+            let sure = matches!(first, Some(Ok(Ok(true))));
+            if ended && !sure {
+                grace.await;
+            }
+            // One that left in good order has no claims any more.
+            if wire.bury(&dead).await? > 0 && !sure {
+                count(&recovery.tally.waited);
+            }
+            if !ended {
+                // A command that runs is left to its end: its turn is not over before.
+                let _ = fenced.await;
+            }
+            wire.end_fence(&dead).await?;
             Ok(Some(Message::Buried(dead)))
         });
     }
@@ -325,6 +384,73 @@ impl Actor {
             let _ = sender.send(message);
         });
     }
+}
+
+/// Making sure that one dead member writes no more.
+struct Fencing {
+    recovery: Arc<Recovery>,
+    commands: Arc<Semaphore>,
+    ending: Arc<AtomicBool>,
+}
+
+impl Fencing {
+    /// Tells whether that is sure now.
+    async fn run(self, wire: &Wire, dead: &Owner) -> Result<bool, Lost> {
+        let name = &dead.member;
+        let tally = &self.recovery.tally;
+        let process = wire.process_of(dead).await?;
+        if let Some(process) = process.clone() {
+            let fate = blocking(move || process.end_if_stopped(KILL_MAX)).await;
+            match fate {
+                Some(Fate::Gone) => {
+                    count(&tally.gone);
+                    tracing::info!(node = %name, "the process of a dead node has ended");
+                    return Ok(true);
+                }
+                Some(Fate::Killed) => {
+                    count(&tally.killed);
+                    tracing::warn!(node = %name, "a node stood still past its lease; its process was killed");
+                    return Ok(true);
+                }
+                Some(Fate::Unknown) | None => {}
+            }
+        }
+        let Some(fence) = self.recovery.fence.clone() else {
+            return Ok(false);
+        };
+        let Ok(permit) = self.commands.acquire_owned().await else {
+            return Ok(false);
+        };
+        if self.ending.load(Ordering::Relaxed) || !wire.begin_fence(dead).await? {
+            return Ok(false);
+        }
+        let (told, ending) = (name.clone(), self.ending);
+        let outcome = blocking(move || {
+            let outcome = fence.run(&told, process.as_ref(), &ending);
+            // Not before: who waits for it may end then.
+            drop(permit);
+            outcome
+        })
+        .await;
+        match outcome {
+            Some(Ok(())) => {
+                count(&tally.fenced);
+                tracing::warn!(node = %name, "a dead node was fenced");
+                Ok(true)
+            }
+            failed => {
+                count(&tally.failed);
+                let why = failed.and_then(Result::err).unwrap_or_default();
+                tracing::error!(node = %name, %why, "a dead node could not be fenced: its locks are taken after the grace");
+                Ok(false)
+            }
+        }
+    }
+}
+
+/// Runs what blocks on a thread of its own.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    tokio::task::spawn_blocking(work).await.ok()
 }
 
 /// Renews the lease and says until when it is good. The node itself looks at its clock.

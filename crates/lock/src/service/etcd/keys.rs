@@ -1,8 +1,10 @@
 //! The keys that a volume has in etcd, and their values.
 //!
 //! ```text
-//! ROOT volume                          pinfold-lock 1 IDENTITY
+//! ROOT volume                          pinfold-lock 2 IDENTITY
 //! ROOT member/NAME                     LEASE HOST PID             goes with the member's lease
+//! ROOT node/OWNER                      what its process is        until it leaves, or its claims were taken away
+//! ROOT fence/NAME                      OWNER                      while its fence command runs; goes with the runner's lease
 //! ROOT lock/NUMBER.GENERATION/OWNER    MODE HOW SERIAL            stays until it is deleted
 //! ```
 //!
@@ -14,7 +16,7 @@ use crate::service::{Name, Wait};
 /// The first word and the version of what is kept.
 pub(super) const PROTOCOL: &str = "pinfold-lock";
 /// Which keys and values this library reads and writes.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 
 /// The longest name of a member.
 pub const MEMBER_NAME_MAX: usize = 64;
@@ -31,6 +33,8 @@ pub(super) struct Keys {
 pub(super) enum Key {
     Volume,
     Member(String),
+    Node(Owner),
+    Fence(String),
     Lock(Name, Owner),
 }
 
@@ -76,6 +80,14 @@ impl Keys {
         format!("{}{name}", self.members())
     }
 
+    pub fn node(&self, owner: &Owner) -> String {
+        format!("{}node/{}", self.root, owner.text())
+    }
+
+    pub fn fence(&self, member: &str) -> String {
+        format!("{}fence/{member}", self.root)
+    }
+
     pub fn locks(&self) -> String {
         format!("{}lock/", self.root)
     }
@@ -97,6 +109,12 @@ impl Keys {
         }
         if let Some(member) = key.strip_prefix("member/") {
             return is_member_name(member).then(|| Key::Member(member.to_owned()));
+        }
+        if let Some(member) = key.strip_prefix("fence/") {
+            return is_member_name(member).then(|| Key::Fence(member.to_owned()));
+        }
+        if let Some(owner) = key.strip_prefix("node/") {
+            return Some(Key::Node(Owner::parse(owner)?));
         }
         let (name, owner) = key.strip_prefix("lock/")?.split_once('/')?;
         let (number, generation) = name.split_once('.')?;
@@ -173,7 +191,18 @@ mod tests {
         };
         let key = keys.claim(name, &owner);
         assert_eq!(key, "/p/v/lock/ab.1/n-1.1234");
-        assert_eq!(keys.parse(key.as_bytes()), Some(Key::Lock(name, owner)));
+        assert_eq!(
+            keys.parse(key.as_bytes()),
+            Some(Key::Lock(name, owner.clone()))
+        );
+        for (key, parsed) in [
+            (keys.volume(), Key::Volume),
+            (keys.member("n-1"), Key::Member("n-1".to_owned())),
+            (keys.fence("n-1"), Key::Fence("n-1".to_owned())),
+            (keys.node(&owner), Key::Node(owner.clone())),
+        ] {
+            assert_eq!(keys.parse(key.as_bytes()), Some(parsed), "{key}");
+        }
         for mode in [Mode::Shared, Mode::Deferred, Mode::Exclusive] {
             for wait in [Wait::Queue, Wait::Try, Wait::TryAsking] {
                 let claim = Claim {
@@ -196,6 +225,9 @@ mod tests {
             "/p/v/member/",
             "/p/v/member/a.b",
             "/p/v/member/a/b",
+            "/p/v/node/a",
+            "/p/v/node/a.1/b",
+            "/p/v/fence/a.1",
             "/p/v/lock/ab.1",
             "/p/v/lock/ab/n.1",
             "/p/v/lock/0ab.1/n.1",

@@ -10,8 +10,10 @@ use etcd_client::{
 use pinfold_base::Errno;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 
-use super::actor::{Actor, Message};
+use super::actor::{Actor, Message, Recovery};
+use super::fence::Tally;
 use super::keys::{Keys, Owner, PROTOCOL, VERSION};
+use super::process::Process;
 use super::wire::{Lost, Wire, judge};
 use super::{Etcd, GoodUntil};
 use crate::clock::Time;
@@ -24,6 +26,7 @@ pub(super) struct Start {
     pub events: Weak<dyn Events>,
     pub sender: UnboundedSender<Message>,
     pub good_until: Arc<GoodUntil>,
+    pub tally: Arc<Tally>,
 }
 
 impl Start {
@@ -62,7 +65,7 @@ impl Start {
 
     async fn join(self) -> Result<Actor, JoinError> {
         let keys = Keys::new(&self.etcd.prefix);
-        let mut client = self.connect().await?;
+        let mut client = self.etcd.connect().await?;
         self.claim_prefix(&mut client, &keys).await?;
         let (lease, ttl, asked) = self.lease(&mut client).await?;
         let me = Owner {
@@ -82,57 +85,23 @@ impl Start {
             patience: self.etcd.patience(),
         };
         // Whoever died unseen, and whatever else is kept here that is not ours, is found now.
-        wire.all_claims().await.map_err(refused)?;
+        if let Err(lost) = wire.all_claims().await {
+            let _ = wire.strike_off().await;
+            let _ = wire.client.clone().lease_revoke(wire.me.lease).await;
+            return Err(refused(lost));
+        }
         Ok(Actor::new(
             wire,
             self.events,
             self.sender,
             self.good_until,
             ttl,
-            self.etcd.grace,
+            Recovery {
+                grace: self.etcd.grace,
+                fence: self.etcd.fence,
+                tally: self.tally,
+            },
         ))
-    }
-
-    async fn connect(&self) -> Result<Client, JoinError> {
-        let options = self.etcd.connect_options();
-        let patience = self.etcd.patience_at_start();
-        let connect = Client::connect(self.etcd.endpoints.clone(), Some(options));
-        match tokio::time::timeout(patience, connect).await {
-            Ok(Ok(client)) => Ok(client),
-            Ok(Err(error)) => Err(self.unreachable(&error)),
-            Err(_late) => Err(self.silent()),
-        }
-    }
-
-    fn silent(&self) -> JoinError {
-        let servers = self.etcd.endpoints.join(", ");
-        JoinError::new(
-            Errno::ENOTCONN,
-            format!("no etcd server answers at {servers}"),
-        )
-    }
-
-    fn unreachable(&self, error: &Error) -> JoinError {
-        match judge(error) {
-            Some(lost) => refused(lost),
-            None => {
-                let silent = self.silent();
-                JoinError::new(silent.errno, format!("{silent}: {error}"))
-            }
-        }
-    }
-
-    /// One try of one transaction: at the start an error is told instead of waited for.
-    async fn once(
-        &self,
-        client: &mut Client,
-        txn: Txn,
-    ) -> Result<etcd_client::TxnResponse, JoinError> {
-        match tokio::time::timeout(self.etcd.patience_at_start(), client.txn(txn)).await {
-            Ok(Ok(response)) => Ok(response),
-            Ok(Err(error)) => Err(self.unreachable(&error)),
-            Err(_late) => Err(self.silent()),
-        }
     }
 
     /// Makes the prefix this volume's, or finds that it is.
@@ -144,7 +113,7 @@ impl Start {
             .when([nothing])
             .and_then([TxnOp::put(volume.clone(), ours.clone(), None)])
             .or_else([TxnOp::get(volume, None::<GetOptions>)]);
-        let response = self.once(client, txn).await?;
+        let response = self.etcd.once(client, txn).await?;
         if response.succeeded() {
             return Ok(());
         }
@@ -158,20 +127,7 @@ impl Start {
         if kept == ours {
             return Ok(());
         }
-        let mut words = kept.split(' ');
-        if words.next() != Some(PROTOCOL) {
-            let why = format!("{}volume in etcd is not ours to use: {kept:?}", keys.root);
-            return Err(JoinError::new(Errno::EUCLEAN, why));
-        }
-        let version = words.next().unwrap_or_default();
-        if version != VERSION.to_string() {
-            let why = format!(
-                "the volume under {prefix} is served by nodes of protocol {version}, this one has {VERSION}: \
-                 stop them all first"
-            );
-            return Err(JoinError::new(Errno::EOPNOTSUPP, why));
-        }
-        let other = words.next().unwrap_or_default();
+        let other = volume_of(keys, &kept)?;
         let why = format!(
             "the prefix {prefix} belongs to the volume {other}, not to {}: give each volume its own",
             self.etcd.volume
@@ -188,21 +144,26 @@ impl Start {
                 let ttl = Duration::from_secs(u64::try_from(lease.ttl()).unwrap_or(0));
                 Ok((lease.id(), ttl, asked))
             }
-            Ok(Err(error)) => Err(self.unreachable(&error)),
-            Err(_late) => Err(self.silent()),
+            Ok(Err(error)) => Err(self.etcd.unreachable(&error)),
+            Err(_late) => Err(self.etcd.silent()),
         }
     }
 
     async fn enlist(&self, client: &mut Client, keys: &Keys, me: &Owner) -> Result<(), JoinError> {
         let key = keys.member(&me.member);
-        let value = format!("{} {} {}", me.lease, host_name(), std::process::id());
+        let process = Process::own();
+        let value = format!("{} {} {}", me.lease, process.host, process.pid);
         let free = Compare::version(key.clone(), CompareOp::Equal, 0);
         let with_lease = PutOptions::new().with_lease(me.lease);
         let txn = Txn::new()
             .when([free])
-            .and_then([TxnOp::put(key.clone(), value, Some(with_lease))])
+            .and_then([
+                TxnOp::put(key.clone(), value, Some(with_lease)),
+                // Outlives the lease: who takes over has to know who it was.
+                TxnOp::put(keys.node(me), process.text(), None),
+            ])
             .or_else([TxnOp::get(key, None::<GetOptions>)]);
-        let response = self.once(client, txn).await?;
+        let response = self.etcd.once(client, txn).await?;
         if response.succeeded() {
             return Ok(());
         }
@@ -219,11 +180,73 @@ impl Start {
     }
 }
 
-fn refused(lost: Lost) -> JoinError {
+impl Etcd {
+    pub(super) async fn connect(&self) -> Result<Client, JoinError> {
+        let options = self.connect_options();
+        let patience = self.patience_at_start();
+        let connect = Client::connect(self.endpoints.clone(), Some(options));
+        match tokio::time::timeout(patience, connect).await {
+            Ok(Ok(client)) => Ok(client),
+            Ok(Err(error)) => Err(self.unreachable(&error)),
+            Err(_late) => Err(self.silent()),
+        }
+    }
+
+    pub(super) fn silent(&self) -> JoinError {
+        let servers = self.endpoints.join(", ");
+        JoinError::new(
+            Errno::ENOTCONN,
+            format!("no etcd server answers at {servers}"),
+        )
+    }
+
+    pub(super) fn unreachable(&self, error: &Error) -> JoinError {
+        match judge(error) {
+            Some(lost) => refused(lost),
+            None => {
+                let silent = self.silent();
+                JoinError::new(silent.errno, format!("{silent}: {error}"))
+            }
+        }
+    }
+
+    /// One try of one transaction: at the start an error is told instead of waited for.
+    pub(super) async fn once(
+        &self,
+        client: &mut Client,
+        txn: Txn,
+    ) -> Result<etcd_client::TxnResponse, JoinError> {
+        match tokio::time::timeout(self.patience_at_start(), client.txn(txn)).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(error)) => Err(self.unreachable(&error)),
+            Err(_late) => Err(self.silent()),
+        }
+    }
+}
+
+/// Reads what a prefix says of itself: the volume's name.
+pub(super) fn volume_of<'a>(keys: &Keys, kept: &'a str) -> Result<&'a str, JoinError> {
+    let mut words = kept.split(' ');
+    if words.next() != Some(PROTOCOL) {
+        let why = format!("{} in etcd is not ours to use: {kept:?}", keys.volume());
+        return Err(JoinError::new(Errno::EUCLEAN, why));
+    }
+    let version = words.next().unwrap_or_default();
+    if version != VERSION.to_string() {
+        let why = format!(
+            "the volume under {} is served by nodes of protocol {version}, this one has {VERSION}: stop them all first",
+            keys.root
+        );
+        return Err(JoinError::new(Errno::EOPNOTSUPP, why));
+    }
+    Ok(words.next().unwrap_or_default())
+}
+
+pub(super) fn refused(lost: Lost) -> JoinError {
     JoinError::new(lost.errno(), lost.to_string())
 }
 
-fn first_value(responses: &[TxnOpResponse]) -> Option<String> {
+pub(super) fn first_value(responses: &[TxnOpResponse]) -> Option<String> {
     responses.iter().find_map(|response| match response {
         TxnOpResponse::Get(get) => get
             .kvs()
@@ -231,10 +254,4 @@ fn first_value(responses: &[TxnOpResponse]) -> Option<String> {
             .map(|pair| String::from_utf8_lossy(pair.value()).into_owned()),
         _ => None,
     })
-}
-
-fn host_name() -> String {
-    let name = rustix::system::uname();
-    // A space would be taken for the end of the word.
-    name.nodename().to_string_lossy().replace(' ', "_")
 }

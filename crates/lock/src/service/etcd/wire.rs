@@ -3,17 +3,18 @@
 use std::time::Duration;
 
 use etcd_client::{
-    Client, Compare, CompareOp, DeleteOptions, Error, GetOptions, GetResponse, KeyValue, Txn,
-    TxnOp, TxnOpResponse,
+    Client, Compare, CompareOp, DeleteOptions, Error, GetOptions, GetResponse, KeyValue,
+    PutOptions, Txn, TxnOp, TxnOpResponse,
 };
 use pinfold_base::Errno;
 
 use super::board::{Change, Entry};
 use super::keys::{Claim, Key, Keys, Owner};
+use super::process::Process;
 use crate::service::Name;
 
 /// Keys read in one go.
-const PAGE: i64 = 1000;
+pub(super) const PAGE: i64 = 1000;
 /// Keys deleted in one transaction; etcd takes 128 operations.
 const DELETE_MAX: usize = 64;
 /// The longest pause between two tries.
@@ -261,6 +262,60 @@ impl Wire {
         }
     }
 
+    /// What a member said of its process; `None` if it left in good order, or its claims were taken away.
+    pub async fn process_of(&self, owner: &Owner) -> Result<Option<Process>, Lost> {
+        let get = self.get(self.keys.node(owner), GetOptions::new()).await?;
+        let found = get.kvs().first();
+        Ok(found.and_then(|pair| Process::parse(pair.value())))
+    }
+
+    /// Makes it this node's turn to run the fence command for a dead member. It is nobody's while another has it, and
+    /// none is needed once its claims were taken away.
+    pub async fn begin_fence(&self, dead: &Owner) -> Result<bool, Lost> {
+        let key = self.keys.fence(&dead.member);
+        let free = Compare::version(key.clone(), CompareOp::Equal, 0);
+        let needed = Compare::version(self.keys.node(dead), CompareOp::Greater, 0);
+        let with_lease = PutOptions::new().with_lease(self.me.lease);
+        let mine = TxnOp::put(key.clone(), self.me.text(), Some(with_lease));
+        let take = Txn::new()
+            .when([free, needed])
+            .and_then([mine])
+            // A sending of ours that was given up may have done it.
+            .or_else([TxnOp::get(key, None::<GetOptions>)]);
+        let txn = Txn::new()
+            .when([self.still_member()])
+            .and_then([TxnOp::txn(take)]);
+        let response = self.send(txn).await?;
+        if !response.succeeded() {
+            return Err(Lost::Membership);
+        }
+        let is_mine = |pair: &KeyValue| pair.value() == self.me.text().as_bytes();
+        Ok(response.op_responses().iter().any(|inner| match inner {
+            TxnOpResponse::Txn(inner) if inner.succeeded() => true,
+            TxnOpResponse::Txn(inner) => inner.op_responses().iter().any(
+                |response| matches!(response, TxnOpResponse::Get(get) if get.kvs().iter().any(is_mine)),
+            ),
+            _ => false,
+        }))
+    }
+
+    /// Ends the turn. Another's is left alone.
+    pub async fn end_fence(&self, dead: &Owner) -> Result<(), Lost> {
+        let key = self.keys.fence(&dead.member);
+        let mine = Compare::value(key.clone(), CompareOp::Equal, self.me.text());
+        let delete = TxnOp::delete(key, None::<DeleteOptions>);
+        self.send(Txn::new().when([mine]).and_then([delete]))
+            .await?;
+        Ok(())
+    }
+
+    /// Leaves: no survivor has to wonder what became of this process.
+    pub async fn strike_off(&self) -> Result<(), Lost> {
+        let delete = TxnOp::delete(self.keys.node(&self.me), None::<DeleteOptions>);
+        self.send(Txn::new().and_then([delete])).await?;
+        Ok(())
+    }
+
     /// Takes the claims of a member away whose lease has ended.
     pub async fn bury(&self, dead: &Owner) -> Result<usize, Lost> {
         let claims = self.all_claims().await?;
@@ -268,13 +323,19 @@ impl Wire {
             .into_iter()
             .filter_map(|(name, owner, _)| (owner == *dead).then_some(name))
             .collect();
-        for some in theirs.chunks(DELETE_MAX) {
+        let mut keys: Vec<String> = theirs
+            .iter()
+            .map(|&name| self.keys.claim(name, dead))
+            .collect();
+        // The last: as long as it is there, something is left to do.
+        keys.push(self.keys.node(dead));
+        for some in keys.chunks(DELETE_MAX) {
             let key = self.keys.member(&dead.member);
             // Its name may be another's by now, its lease is not; and we must be alive ourselves.
             let is_dead = Compare::lease(key, CompareOp::NotEqual, dead.lease);
             let deletes: Vec<TxnOp> = some
                 .iter()
-                .map(|&name| TxnOp::delete(self.keys.claim(name, dead), None::<DeleteOptions>))
+                .map(|key| TxnOp::delete(key.as_str(), None::<DeleteOptions>))
                 .collect();
             let txn = Txn::new()
                 .when([is_dead, self.still_member()])
@@ -329,6 +390,6 @@ pub(super) fn garbage(pair: &KeyValue) -> Lost {
 }
 
 /// The first key that does not begin with `prefix`, which ends in a slash.
-fn prefix_end(prefix: &str) -> String {
+pub(super) fn prefix_end(prefix: &str) -> String {
     format!("{}0", prefix.trim_end_matches('/'))
 }
