@@ -32,7 +32,7 @@ use std::sync::Arc;
 
 use pinfold_base::counter_set;
 use pinfold_cache::map::{MapOutcome, MapTarget};
-use pinfold_cache::{CacheError, FilePages, ReadAhead};
+use pinfold_cache::{CacheError, FilePages, ReadAhead, Want};
 use pinfold_mem::Access;
 
 pub use channel::Channel;
@@ -97,6 +97,18 @@ pub trait FaultTarget: Send + Sync {
     /// The same as far as it needs no allocation, and waits for nobody, but for the store where it `may_read`; may run in a
     /// signal handler.
     fn try_fault(&self, fault: &Fault<'_>, may_read: bool) -> Option<MapOutcome>;
+
+    /// Brings a page in, for loads, without installing it anywhere. Nothing is held.
+    ///
+    /// # Errors
+    /// As [`FaultTarget::fault`].
+    fn make_readable(&self, page: u64, want: &Want<'_>) -> Result<MapOutcome, CacheError>;
+
+    /// Tells whether the size that the pages know is the file's; otherwise other nodes may have changed it, and a fault finds
+    /// out.
+    fn knows_end(&self) -> bool {
+        true
+    }
 
     /// Does to a page what a first store does, without installing it anywhere. Nothing is held.
     ///

@@ -598,7 +598,11 @@ impl UserMapping {
         Some(copy(folio.addr().wrapping_add(at), len))
     }
 
-    /// Tells whether a page lies beyond the end of the file, where nobody may touch it.
+    /// Tells whether a page is known to lie beyond the end of the file, where nobody may touch it.
+    fn is_known_beyond(&self, page: u64) -> bool {
+        self.target.knows_end() && self.is_beyond(page)
+    }
+
     fn is_beyond(&self, page: u64) -> bool {
         page >= self.pages().end().div_ceil(PAGE_SIZE)
     }
@@ -694,7 +698,7 @@ impl MappedMemory for UserMapping {
             let Some(page) = self.map.page_at(addr + done) else {
                 break;
             };
-            if self.is_beyond(page) {
+            if self.is_known_beyond(page) {
                 return if done > 0 {
                     Lent::Done(done)
                 } else {
@@ -742,7 +746,7 @@ impl MappedMemory for UserMapping {
             let Some(page) = self.map.page_at(addr + done) else {
                 break Some(PinStop::Cold);
             };
-            if self.is_beyond(page) {
+            if self.is_known_beyond(page) {
                 break Some(PinStop::Forbidden);
             }
             match self.pages().try_pin(page, kind) {
@@ -773,24 +777,22 @@ impl MappedMemory for UserMapping {
             let Some(page) = self.map.page_at(addr + done) else {
                 break;
             };
-            if self.is_beyond(page) {
+            if self.is_known_beyond(page) {
                 break;
             }
             let outcome = match access {
                 // A store to a private mapping does not concern the file, whose page the kernel copies.
-                Access::Write if !self.is_private() => {
-                    matches!(self.target.make_writable(page), Ok(MapOutcome::Mapped))
-                }
+                Access::Write if !self.is_private() => self.target.make_writable(page),
                 Access::Read | Access::Write => {
                     let want = Want {
                         pages: ((at + len - done).div_ceil(PAGE)) as u64,
                         ahead: Some(self.walks.at(page)),
                         nowait: false,
                     };
-                    self.pages().read(page, &want).is_ok()
+                    self.target.make_readable(page, &want)
                 }
             };
-            if !outcome {
+            if !matches!(outcome, Ok(MapOutcome::Mapped)) {
                 break;
             }
             done += PAGE - at;

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use pinfold_base::rank::{Rank, ReadGuard, RwLock, WriteGuard};
 use pinfold_base::{Errno, PAGE_SIZE, page_span};
 use pinfold_cache::{
-    CacheError, FilePages, Harvest, Here, Kept, MapOutcome, Mode, Owner, Pace, Sample,
+    CacheError, FilePages, Harvest, Here, Kept, MapOutcome, Mode, Owner, Pace, Sample, Want,
 };
 use pinfold_fault::{Fault, FaultTarget, FileMappings};
 use pinfold_lock::Mode as Right;
@@ -582,6 +582,23 @@ impl FaultTarget for Inode {
         };
         self.pages
             .map_here(fault.page, fault.access, &here, fault.to)
+    }
+
+    fn make_readable(
+        &self,
+        page: u64,
+        want: &Want<'_>,
+    ) -> std::result::Result<MapOutcome, CacheError> {
+        let held = self.hold_fault(Right::Shared)?;
+        if held.is_some() && page >= self.len().div_ceil(PAGE_SIZE) {
+            return Ok(MapOutcome::BeyondEnd);
+        }
+        self.pages.read(page, want)?;
+        Ok(MapOutcome::Mapped)
+    }
+
+    fn knows_end(&self) -> bool {
+        self.shared.is_none()
     }
 
     fn make_writable(&self, page: u64) -> std::result::Result<MapOutcome, CacheError> {

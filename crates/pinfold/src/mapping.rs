@@ -376,6 +376,7 @@ impl Mapping {
         mut step: impl FnMut(Range<usize>) -> Progress<CopyStop>,
     ) -> Result<usize> {
         let _quiet = self.file.enter(operation)?;
+        self.file.inode().check_lease(operation)?;
         let whole = at..at.saturating_add(len).min(self.len().max(at));
         let bytes = self.part(operation, &whole)?;
         let (mut done, mut tries) = (0, 0);

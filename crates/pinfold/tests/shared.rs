@@ -8,5 +8,8 @@
 
 mod shared {
     mod coherence;
+    mod crosswise;
+    mod mapped;
     pub mod rig;
+    mod withdrawal;
 }

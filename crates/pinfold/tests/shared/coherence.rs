@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use pinfold::{AllocateMode, ErrorKind, OpenOptions, SetAttributes, SetTime, Volume};
 
-use super::rig::{MEMORY, PAGE, Rig, filled, read, rw, watched};
+use super::rig::{MEMORY, PAGE, Rig, filled, read, rw, same, watched};
 
 #[test]
 fn a_read_sees_what_another_node_wrote_before() {
@@ -15,9 +15,9 @@ fn a_read_sees_what_another_node_wrote_before() {
             let (writer, reader) = if round % 2 == 0 { (&a, &b) } else { (&b, &a) };
             let bytes = filled(3 * PAGE + 17, round + 1);
             assert_eq!(writer.write_at(&bytes, 5).unwrap(), bytes.len());
-            assert_eq!(read(reader, bytes.len(), 5), bytes, "round {round}");
+            same(read(reader, bytes.len(), 5), &bytes);
             // Both hold it now, and go on reading.
-            assert_eq!(read(writer, bytes.len(), 5), bytes, "round {round}");
+            same(read(writer, bytes.len(), 5), &bytes);
         }
     });
 }
@@ -30,16 +30,16 @@ fn sizes_follow_growth_and_cuts_of_another_node() {
         a.write_at(&filled(10_000, b'a'), 0).unwrap();
         assert_eq!(b.len(), 10_000);
         b.set_len(5000).unwrap();
-        assert_eq!(read(&a, 20_000, 0), filled(5000, b'a'));
+        same(read(&a, 20_000, 0), filled(5000, b'a'));
         a.set_len(6000).unwrap();
         let mut expected = filled(5000, b'a');
         expected.resize(6000, 0);
-        assert_eq!(read(&b, 20_000, 0), expected);
-        assert_eq!(read(&b, 1, 6000), []);
+        same(read(&b, 20_000, 0), expected);
+        same(read(&b, 1, 6000), b"");
         a.write_at(b"z", 6000).unwrap();
-        assert_eq!(read(&b, 2, 6000), b"z");
+        same(read(&b, 2, 6000), b"z");
         b.punch(0..PAGE as u64).unwrap();
-        assert_eq!(read(&a, PAGE, 0), filled(PAGE, 0));
+        same(read(&a, PAGE, 0), filled(PAGE, 0));
         a.allocate(AllocateMode::Extend, 0..1 << 20).unwrap();
         assert_eq!(b.len(), 1 << 20);
     });
@@ -78,7 +78,7 @@ fn a_sync_makes_durable_what_another_node_wrote() {
         a.write_at(&filled(9000, 3), 0).unwrap();
         b.sync_all().unwrap();
         let stored = std::fs::read(rig.dir.path().join("f")).unwrap();
-        assert_eq!(stored, filled(9000, 3));
+        same(stored, filled(9000, 3));
     });
 }
 
@@ -92,7 +92,7 @@ fn direct_and_buffered_calls_of_two_nodes_agree() {
         for round in 1..20u8 {
             a.write_at(&filled(4 * PAGE, round), 0).unwrap();
             assert_eq!(b.read_at(buf.as_mut_slice(), 0).unwrap(), 2 * PAGE);
-            assert_eq!(buf.as_mut_slice()[..2 * PAGE], filled(2 * PAGE, round));
+            same(&buf.as_mut_slice()[..2 * PAGE], filled(2 * PAGE, round));
             buf.as_mut_slice().fill(100 + round);
             assert_eq!(
                 b.write_at(&buf.as_mut_slice()[..2 * PAGE], PAGE as u64)
@@ -100,9 +100,9 @@ fn direct_and_buffered_calls_of_two_nodes_agree() {
                 2 * PAGE
             );
             let seen = read(&a, 4 * PAGE, 0);
-            assert_eq!(seen[..PAGE], filled(PAGE, round));
-            assert_eq!(seen[PAGE..3 * PAGE], filled(2 * PAGE, 100 + round));
-            assert_eq!(seen[3 * PAGE..], filled(PAGE, round));
+            same(&seen[..PAGE], filled(PAGE, round));
+            same(&seen[PAGE..3 * PAGE], filled(2 * PAGE, 100 + round));
+            same(&seen[3 * PAGE..], filled(PAGE, round));
         }
     });
 }
@@ -123,7 +123,7 @@ fn names_that_another_node_changes_are_seen_at_once() {
         a.remove_file("y").unwrap();
         b.remove_file("d/z").unwrap();
         // Unlinked, and open on the other node: it lives until that lets go.
-        assert_eq!(read(&held, 9, 0), b"x");
+        same(read(&held, 9, 0), b"x");
         let new = OpenOptions::new().write(true).create_new(true);
         a.open("d/x", &new).unwrap();
         let refused = b.open("d/x", &new).unwrap_err();
@@ -139,7 +139,7 @@ fn data_of_a_file_unlinked_elsewhere_outlives_its_writer() {
         a.write_at(&filled(PAGE, 7), 0).unwrap();
         rig.nodes[0].remove_file("f").unwrap();
         drop(a);
-        assert_eq!(read(&b, PAGE, 0), filled(PAGE, 7));
+        same(read(&b, PAGE, 0), filled(PAGE, 7));
     });
 }
 
@@ -166,7 +166,7 @@ fn nodes_that_end_leave_their_locks_to_the_others() {
         a.write_at(&filled(PAGE, 9), 0).unwrap();
         drop(a);
         rig.nodes.remove(0).close().unwrap();
-        assert_eq!(read(&rig.open(0, "f"), PAGE, 0), filled(PAGE, 9));
+        same(read(&rig.open(0, "f"), PAGE, 0), filled(PAGE, 9));
         drop(rig.nodes.remove(0));
         rig.open(0, "f").write_at(b"alone", 0).unwrap();
     });
