@@ -272,6 +272,13 @@ impl FilePages {
         }
     }
 
+    /// Tells whether pages may be filled. Then, and as of this moment, the size known here is the file's.
+    #[inline]
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        !self.is_closed()
+    }
+
     /// Tells whether pages may not be filled; asked with the right to add them.
     #[inline]
     pub(crate) fn is_closed(&self) -> bool {

@@ -78,7 +78,7 @@ impl FileMappings {
         drop(gone);
     }
 
-    /// Tells mappings that the file has grown: what was refused beyond its old end may be touched now.
+    /// Tells mappings that the file has grown, or may grow unseen: what was refused beyond its old end may be touched now.
     pub fn grown(&self) {
         self.visit(|mapping| mapping.forgive());
     }

@@ -104,8 +104,8 @@ pub trait FaultTarget: Send + Sync {
     /// As [`FaultTarget::fault`].
     fn make_readable(&self, page: u64, want: &Want<'_>) -> Result<MapOutcome, CacheError>;
 
-    /// Tells whether the size that the pages know is the file's; otherwise other nodes may have changed it, and a fault finds
-    /// out.
+    /// Tells whether the size that the pages know is, at this moment, the file's; otherwise other nodes may have changed it, and
+    /// a fault finds out. Takes no lock.
     fn knows_end(&self) -> bool {
         true
     }

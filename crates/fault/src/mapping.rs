@@ -457,7 +457,7 @@ impl UserMapping {
             return;
         };
         // Looked at under the lock that `forgive` takes after the file has grown.
-        let still = || refusal != Refusal::BeyondEnd || self.is_beyond(page);
+        let still = || refusal != Refusal::BeyondEnd || self.is_known_beyond(page);
         let poison = |page: u64| self.poison(page);
         let waiter = (thread, addr);
         if self.refusals.refuse(page, waiter, refusal, still, poison) {

@@ -30,6 +30,8 @@ use crate::service::{Name, Reply, Token, Wait};
 
 #[cfg(all(test, not(loom)))]
 mod explore;
+#[cfg(all(test, not(loom)))]
+mod keeping;
 
 /// Holders and waiters of one glock on one node at once; one more is told ENOLCK.
 pub const QUEUE_MAX: usize = 1 << 12;
@@ -574,11 +576,26 @@ impl Machine {
         }
         let (id, head) = loop {
             let (id, head) = self.promote(now)?;
-            if self.mode == Mode::Unlocked || !self.is_kept_from(Mode::Unlocked) {
+            if self.mode == Mode::Unlocked {
                 break (id, head);
             }
-            // It might wait for itself.
-            self.refuse_one(id, Refusal::Failed(Errno::EBUSY));
+            if self.is_kept_from(Mode::Unlocked) {
+                // It might wait for itself.
+                self.refuse_one(id, Refusal::Failed(Errno::EBUSY));
+                continue;
+            }
+            let end = self.granted_at.after(self.hold.min(HOLD_MIN));
+            if !self.faulted || end <= now {
+                break (id, head);
+            }
+            // The same for who waits here as for other nodes: one who asks again and again would keep a fault's instruction
+            // from running. But it is soon enough: nothing has to travel.
+            if head.flags.tries() {
+                self.refuse_one(id, Refusal::TryFailed);
+                continue;
+            }
+            self.want(Mode::left_for(head.mode), Due::At(end), now);
+            return None;
         };
         if self.mode == Mode::Unlocked {
             self.stage = Stage::Asking {

@@ -54,6 +54,8 @@ pub struct Space {
     node: Arc<Node>,
     threads: Vec<JoinHandle<()>>,
     left: bool,
+    /// Who joined: a forked child is no member, and has none of the threads.
+    process: u32,
 }
 
 struct Node {
@@ -133,6 +135,7 @@ impl Space {
             node,
             threads: Vec::new(),
             left: false,
+            process: std::process::id(),
         };
         // The service may have told us so before there was a session to abandon.
         let lost = |errno| JoinError::new(errno, "the membership was lost at once");
@@ -269,6 +272,9 @@ impl Space {
 /// Leaves in good order if every lock was given up ([`Space::give_all_up`]); otherwise the node is dead for the others.
 impl Drop for Space {
     fn drop(&mut self) {
+        if self.process != std::process::id() {
+            return;
+        }
         // A worker that has a duty may be the last to let go of what keeps the space: it cannot wait for itself.
         let this = thread::current().id();
         let idle = self.node.glocks().iter().all(|glock| glock.is_idle());

@@ -41,8 +41,9 @@ impl Directory {
     /// # Errors
     /// `ENOENT` for a directory that was removed; the store's errors.
     pub fn peek(&mut self) -> Result<Option<&DirEntry>> {
-        self.entries
-            .peek()
+        self.node
+            .check()
+            .and_then(|()| self.entries.peek())
             .map_err(|errno| Error::name("read a directory", errno))
     }
 

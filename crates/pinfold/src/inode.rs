@@ -598,7 +598,7 @@ impl FaultTarget for Inode {
     }
 
     fn knows_end(&self) -> bool {
-        self.shared.is_none()
+        self.shared.is_none() || self.pages.is_open()
     }
 
     fn make_writable(&self, page: u64) -> std::result::Result<MapOutcome, CacheError> {

@@ -29,7 +29,7 @@ use pinfold_store::{Object, TimedObject};
 pub use pinfold_store::dir::namespace::{RenameFlags, SetXattr};
 
 use crate::directory::Directory;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::file::{Access, File};
 use crate::inode::{Backing, Inode};
 use crate::metadata::{Kind, Metadata, NodeId, Owner, SetAttributes, SetTime, Statfs};
@@ -188,7 +188,7 @@ impl Node {
         let _quiet = Quiet::enter();
         let operation = failed("change attributes of");
         let _held = self.0.hold("change attributes of", Mode::Exclusive)?;
-        self.0.tree.check().map_err(&operation)?;
+        self.0.check().map_err(&operation)?;
         let old = self.0.handle.stat().map_err(&operation)?.permissions;
         let mut new = old & !S_ISUID;
         if old & S_IXGRP != 0 {
@@ -586,6 +586,8 @@ impl Node {
         owner: Owner,
     ) -> Result<()> {
         let _quiet = Quiet::enter();
+        let told = failed_at("set extended attribute", name);
+        self.0.check().map_err(told)?;
         let mut stamps = self.0.stamps.lock();
         let handle = &self.0.handle;
         let outcome = handle.set_xattr(name, value, flags, owner.caller());
@@ -600,6 +602,8 @@ impl Node {
     /// What removexattr(2) says.
     pub fn remove_xattr(&self, name: &OsStr) -> Result<()> {
         let _quiet = Quiet::enter();
+        let told = failed_at("remove extended attribute", name);
+        self.0.check().map_err(told)?;
         let mut stamps = self.0.stamps.lock();
         let handle = &self.0.handle;
         let outcome = handle.remove_xattr(name);
@@ -701,7 +705,7 @@ impl Vnode {
         &self,
         work: impl Fn(&Arc<Handle>) -> std::result::Result<T, Errno>,
     ) -> std::result::Result<T, Errno> {
-        self.tree.check()?;
+        self.check()?;
         match work(&self.handle) {
             Err(Errno::EMFILE | Errno::ENFILE) => {
                 self.tree.relieve();
@@ -709,6 +713,11 @@ impl Vnode {
             }
             outcome => outcome,
         }
+    }
+
+    /// Asks whether this node may still use the directory.
+    fn check(&self) -> std::result::Result<(), Errno> {
+        self.tree.check()
     }
 
     /// Returns its glock, where other nodes use the directory too. Only files and directories have anything to share.
@@ -732,8 +741,11 @@ impl Vnode {
     }
 
     fn hold_file(&self, operation: &'static str, request: Request) -> Result<Hold<'_>> {
-        if self.handle.kind() != Kind::File {
+        if self.handle.kind() != Kind::File || self.tree.space().is_none() {
             return Ok(None);
+        }
+        if !self.tree.engine.process.is_current() {
+            return Err(Error::new(operation, ErrorKind::Forked));
         }
         let held = self.shared().map(|shared| shared.glock.lock(request));
         held.transpose().map_err(|why| refused(operation, why))
@@ -743,6 +755,8 @@ impl Vnode {
     fn stop_caching(&self, to: Mode) {
         if let Some(data) = self.data.get() {
             data.inode.pages().close();
+            // After the close, which keeps new refusals off: the end is another node's to move.
+            data.inode.mappings().grown();
         }
         if to == Mode::Unlocked {
             self.strangers.fetch_add(1, Ordering::AcqRel);
@@ -776,6 +790,13 @@ impl Vnode {
 /// Of a name nothing is cached across calls.
 fn change_names<T>(operation: &'static str, dirs: &[&Node], work: impl FnOnce() -> T) -> Result<T> {
     let exclusive = Request::new(Mode::Exclusive);
+    let forked = |dir: &&Node| {
+        let tree = &dir.0.tree;
+        tree.space().is_some() && !tree.engine.process.is_current()
+    };
+    if dirs.iter().any(forked) {
+        return Err(Error::new(operation, ErrorKind::Forked));
+    }
     let mut wanted: Vec<_> = dirs
         .iter()
         .filter_map(|dir| dir.0.shared())
@@ -790,6 +811,11 @@ impl Node {
     /// Stores what other nodes have to find, before the glock falls.
     pub(crate) fn hand_over(&self) -> std::result::Result<(), Errno> {
         self.0.hand_over()
+    }
+
+    /// Asks whether this node may still use the directory.
+    pub(crate) fn check(&self) -> std::result::Result<(), Errno> {
+        self.0.check()
     }
 
     /// Drops what may not be cached in the mode the glock falls to.

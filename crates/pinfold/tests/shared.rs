@@ -11,5 +11,6 @@ mod shared {
     mod crosswise;
     mod mapped;
     pub mod rig;
+    mod storm;
     mod withdrawal;
 }

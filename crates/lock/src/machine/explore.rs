@@ -269,8 +269,9 @@ impl World {
         }
         if machine.stage == Stage::Rest && machine.withdrawn.is_none() {
             let blocked = machine.holders > 0;
+            let put_off = machine.faulted && machine.demote.is_some();
             assert!(
-                blocked || machine.queue.is_empty(),
+                put_off || blocked || machine.queue.is_empty(),
                 "nobody holds, one waits"
             );
             assert!(

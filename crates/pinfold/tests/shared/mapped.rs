@@ -8,7 +8,7 @@ use std::time::Duration;
 use pinfold::glocks::{Mode, Report};
 use pinfold::{Errno, ErrorKind, MapAccess, MapOptions, Tracking};
 
-use super::rig::{PAGE, Rig, both, filled, map, read, same, until, watched, word};
+use super::rig::{PAGE, Rig, both, filled, map, read, readable, same, until, watched, word};
 
 #[test]
 fn loads_and_stores_of_two_nodes_agree_with_each_other_and_with_calls() {
@@ -129,6 +129,33 @@ fn t62_increments_under_a_lock_are_all_counted() {
             }
         });
         same(read(&files[0], 8, 0), (4 * EACH).to_ne_bytes());
+    });
+}
+
+/// Beyond the end a page is refused; once another node has made the file longer, and is done with that, it is not.
+#[test]
+fn a_mapped_file_that_another_node_makes_longer_can_be_touched_at_once() {
+    both(|delivery| {
+        let rig = Rig::new();
+        let files = rig.everywhere("f");
+        files[0].set_len(1).unwrap();
+        let how = MapOptions::new()
+            .access(MapAccess::Write)
+            .delivery(delivery);
+        let pages = 9;
+        let mapped = files[0].map(0..pages * PAGE as u64, &how).unwrap();
+        for page in 1..pages as usize {
+            let at = page * PAGE;
+            assert!(!readable(mapped.as_ptr().wrapping_add(at)), "page {page}");
+            assert_eq!(mapped.read(at, &mut [0; 8]).unwrap(), 0);
+            files[1].write_at(&filled(PAGE, 3), at as u64).unwrap();
+            let seen = word(&mapped, at).load(Ordering::SeqCst);
+            assert_eq!(seen.to_ne_bytes(), [3; 8]);
+            word(&mapped, at).store(4, Ordering::SeqCst);
+            same(read(&files[1], 8, at as u64), 4u64.to_ne_bytes());
+        }
+        files[1].set_len(1).unwrap();
+        assert!(!readable(mapped.as_ptr().wrapping_add(PAGE)));
     });
 }
 
