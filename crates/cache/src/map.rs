@@ -66,6 +66,12 @@ pub trait MapTarget {
         false
     }
 
+    /// Tells whether a page may ever have had an entry in this tracked mapping since all that was stored to it was found: then an
+    /// empty place there may hide a store. Called with the page's lock held.
+    fn may_have_shown(&self, _page: u64) -> bool {
+        true
+    }
+
     /// Allocates the window's pages from `page` on, fills them from `from`, and maps them; for reading only when
     /// `protect`. Called on shared mappings alone.
     fn copy(&self, page: u64, from: RawSpan, protect: bool) -> Installed;
@@ -556,10 +562,12 @@ impl FilePages {
         self.install_here(folio, around, service).map(Tried::Done)
     }
 
-    /// Tells whether installing a locked page may hide a store that nobody knows of yet. It had an entry; if the program has
-    /// taken that away (`MADV_DONTNEED`), all that tells of a store is that there is no mark, and a new entry would be one.
+    /// Tells whether installing a locked page may hide a store that nobody knows of yet. It had an entry here; if the program
+    /// has taken that away (`MADV_DONTNEED`), all that tells of a store is that there is no mark, and a new entry would be one.
     fn may_hide_stores(&self, folio: &Folio<'_>, service: Service<'_>) -> bool {
-        service.tracked() && folio.state() & (UMAP_ASYNC | DIRTY) == UMAP_ASYNC
+        service.tracked()
+            && folio.state() & (UMAP_ASYNC | DIRTY) == UMAP_ASYNC
+            && service.target.may_have_shown(folio.page())
     }
 
     /// Lists a locked page among those that may be stored to without notice, before an entry lets that happen; false where

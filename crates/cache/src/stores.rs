@@ -136,7 +136,7 @@ impl FilePages {
         let mut count = 0;
         for (folio, &stored) in run.iter().zip(&found.stored) {
             let state = &self.cache().header(folio.frame()).state;
-            // A page that has no entry counts as stored to: what tells is that it never had one.
+            // No mapping shows it: at most one has, of older bytes.
             if state.load() & UMAP_ASYNC == 0 {
                 continue;
             }

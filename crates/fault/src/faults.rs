@@ -487,16 +487,6 @@ impl Faults {
         request: &MapRequest<'_>,
         target: Arc<dyn FaultTarget>,
     ) -> Result<Placed, SetupError> {
-        self.place(request, target, true)
-    }
-
-    /// As [`Faults::map`]. One that is not `listed` must be before anybody is told of its addresses.
-    fn place(
-        self: &Arc<Self>,
-        request: &MapRequest<'_>,
-        target: Arc<dyn FaultTarget>,
-        listed: bool,
-    ) -> Result<Placed, SetupError> {
         let tracked = request.tracked && request.kind == UserMapKind::SharedWrite;
         let channel = self.channel(request.delivery, tracked)?;
         let map = request
@@ -504,12 +494,11 @@ impl Faults {
             .user_map(request.pages.clone(), request.kind)
             .map_err(SetupError::Window)?;
         let range = map.addr()..map.addr() + map.len();
-        let mapping = UserMapping::new(map, channel, target, Arc::clone(&self.shared));
+        let mapping = UserMapping::new(map, channel, target, Arc::clone(&self.shared))
+            .map_err(SetupError::Window)?;
         // In this order: no page is installed that write-back does not know to protect, no fault comes that nobody
         // serves, and nobody is told of an address before both.
-        if listed {
-            request.files.enter(Arc::clone(&mapping));
-        }
+        request.files.enter(Arc::clone(&mapping));
         let mut placed = Placed {
             mapping,
             registration: Mutex::new(None),
@@ -671,10 +660,8 @@ impl Placed {
             tracked,
             files: &self.files,
         };
-        // A tracked one is asked about stores from the moment it is listed, and where nothing was ever mapped says that there
-        // may have been some: first the old one is asked, which knows.
         let target = Arc::clone(old.target());
-        let mut new = self.faults.place(&request, target, !tracked)?;
+        let mut new = self.faults.map(&request, target)?;
         new.mapping.set_pattern_of(&old);
         if map.kind() == UserMapKind::Private {
             // No truncation looks for copies to drop between the two.
@@ -684,9 +671,6 @@ impl Placed {
         std::mem::swap(self, &mut new);
         new.in_use = true;
         drop(new);
-        if tracked {
-            self.files.enter(Arc::clone(&self.mapping));
-        }
         Ok(())
     }
 }

@@ -1,29 +1,34 @@
 //! One mapping of a file into the program's memory.
+//!
+//! *Owns*: which of its addresses are still ours, what is installed around a fault and what is read ahead of it, the
+//! refusals that stand; what it has shown (`mapping/shown.rs`), its use as a buffer (`mapping/memory.rs`).
+//!
+//! *Does not own*: the page and its state (`pinfold-cache`), who reads events and who waits ([`crate::faults`]).
+//!
+//! *Locking*: `live` for reading around each page-table operation, for writing where addresses come and go; a leaf under
+//! which nothing is allocated or freed.
+
+mod memory;
+mod shown;
 
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use pinfold_base::rank::rule_zero;
 use pinfold_base::{Errno, PAGE_SIZE};
-use pinfold_cache::{
-    AROUND_MAX, CacheError, FilePages, Harvest, MapOutcome, MapTarget, PinKind, PinRefusal, Walks,
-    Want,
-};
+use pinfold_cache::{AROUND_MAX, CacheError, FilePages, MapOutcome, MapTarget, Walks};
 use pinfold_mem::{
-    Access, Delivery, InstallStop, Installed, Lent, MappedMemory, PinStop, PinnedPart, RawSpan,
-    SignalVerdict, UserMap, UserMapKind, futex,
-    uffd::{ScanFor, scan},
-    window::WindowError,
+    Access, InstallStop, Installed, RawSpan, UserMap, UserMapKind, futex, window::WindowError,
 };
 use smallvec::{SmallVec, smallvec};
 
 use crate::channel::Channel;
 use crate::faults::Shared;
 use crate::refusal::{Refusal, Refusals};
-use crate::slots::{Answer, Request, Waiter};
+use crate::slots::{Request, Waiter};
 use crate::{Fault, FaultTarget};
+use shown::Shown;
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// Pages installed around a fault at most, as in Linux: an aligned block of so many.
@@ -65,6 +70,8 @@ pub struct UserMapping {
     shared: Arc<Shared>,
     /// Pages not given up. Held for reading while pages are installed, for writing while some are given up.
     live: RwLock<SmallVec<[Range<u64>; 1]>>,
+    /// Where stores may come without notice: the pages that have, or had, an entry here.
+    shown: Option<Shown>,
     walks: Walks,
     /// Whether somebody has been asked to make room in the cache.
     makes_room: AtomicBool,
@@ -91,9 +98,11 @@ impl UserMapping {
         channel: Arc<Channel>,
         target: Arc<dyn FaultTarget>,
         shared: Arc<Shared>,
-    ) -> Arc<Self> {
-        Arc::new(Self {
+    ) -> Result<Arc<Self>, WindowError> {
+        let shown = Shown::of(&map, &channel).map_err(no_record)?;
+        Ok(Arc::new(Self {
             live: RwLock::new(smallvec![map.pages()]),
+            shown,
             map,
             channel,
             target,
@@ -104,7 +113,7 @@ impl UserMapping {
             refusals: Refusals::default(),
             serving: AtomicU32::new(0),
             listed_at: AtomicUsize::new(usize::MAX),
-        })
+        }))
     }
 
     /// Returns the address range.
@@ -207,10 +216,18 @@ impl UserMapping {
     /// # Errors
     /// As of [`UserMap::extend`]; nothing has changed then.
     pub(crate) fn extend(&self, end: u64) -> Result<(), WindowError> {
+        if let Some(shown) = &self.shown {
+            shown.ensure(end).map_err(no_record)?;
+        }
         let mut live = self.live.write().unwrap_or_else(PoisonError::into_inner);
+        let was = self.map.pages().end;
         self.map.extend(end)?;
         // One range, as it has to be to become longer: nothing is allocated or freed.
         if let [range] = &mut live[..] {
+            if let Some(shown) = &self.shown {
+                // What it showed there before it was made shorter.
+                shown.remove(&(range.end..was.min(end)));
+            }
             range.end = end;
         }
         Ok(())
@@ -248,66 +265,6 @@ impl UserMapping {
                 busy => futex::wait(&self.serving, busy, None),
             }
         }
-    }
-
-    /// Tells whether first stores come without a fault and are found by looking for them.
-    #[must_use]
-    pub fn is_tracked(&self) -> bool {
-        self.map.kind() == UserMapKind::SharedWrite && self.channel.uffd().wp_async()
-    }
-
-    /// Makes the file know of stores to pages that are about to lose their entries. Nothing is held.
-    pub(crate) fn find_stores(&self, pages: &Range<u64>) {
-        if self.is_tracked() {
-            self.pages().harvest(pages.clone(), Harvest::Wait);
-        }
-    }
-
-    /// Tells which pages were stored to since this was asked last or they were protected, and protects them again.
-    pub(crate) fn stores(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
-        self.each_live(pages, |addr, len| {
-            self.look(addr, len, ScanFor::WrittenAndProtect, found);
-        });
-    }
-
-    /// The same, and protects nothing.
-    pub(crate) fn seem_stored(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
-        self.each_live(pages, |addr, len| {
-            self.look(addr, len, ScanFor::Written, found)
-        });
-    }
-
-    /// The same after access to runs of pages was taken away.
-    pub(crate) fn withdraw(&self, runs: &[Range<u64>], found: &mut dyn FnMut(Range<u64>)) {
-        if !self.is_tracked() {
-            self.unmap_runs(runs, &mut |_| {});
-            return;
-        }
-        let mut refused = false;
-        self.unmap_runs(runs, &mut |run| {
-            // The program's own doing: then stores go on, and the pages stay.
-            refused = true;
-            found(run);
-        });
-        if !refused {
-            for run in runs {
-                self.stores(run, found);
-            }
-        }
-    }
-
-    fn look(&self, addr: usize, len: usize, what: ScanFor, found: &mut dyn FnMut(Range<u64>)) {
-        let stored = |run: Range<usize>| found(self.pages_at(run.start, run.len()));
-        if scan(addr..addr + len, what, stored).is_err() {
-            // Whatever it did not say may be so.
-            found(self.pages_at(addr, len));
-        }
-    }
-
-    /// Returns the pages that a part of the address range shows.
-    fn pages_at(&self, addr: usize, len: usize) -> Range<u64> {
-        let first = self.map.pages().start + ((addr - self.map.addr()) / PAGE) as u64;
-        first..first + (len / PAGE) as u64
     }
 
     fn is_private(&self) -> bool {
@@ -566,6 +523,7 @@ impl UserMapping {
             };
         };
         let mut installed = install(addr, bytes(&part));
+        self.note_shown(part.start..part.start + installed.pages as u64);
         if part.end < pages.end && installed.stop.is_none() {
             installed.stop = Some(InstallStop::Gone);
         }
@@ -574,35 +532,12 @@ impl UserMapping {
         installed
     }
 
-    /// Lends the page's bytes for a load; they may be stored to meanwhile, as mapped bytes may.
-    fn lend_read(
-        &self,
-        page: u64,
-        at: usize,
-        len: usize,
-        copy: &mut dyn FnMut(*mut u8, usize) -> usize,
-    ) -> Option<usize> {
-        let found = self.pages().get(page)?;
-        Some(copy(found.addr().wrapping_add(at), len))
-    }
-
-    /// Lends the page's bytes for a store. Only a page that is dirty, and stays so: nobody has to be told.
-    fn lend_write(
-        &self,
-        page: u64,
-        at: usize,
-        len: usize,
-        copy: &mut dyn FnMut(*mut u8, usize) -> usize,
-    ) -> Option<usize> {
-        let folio = self.pages().try_lock_dirty(page)?;
-        Some(copy(folio.addr().wrapping_add(at), len))
-    }
-
     /// Tells whether a page is known to lie beyond the end of the file, where nobody may touch it.
     fn is_known_beyond(&self, page: u64) -> bool {
         self.target.knows_end() && self.is_beyond(page)
     }
 
+    /// Tells whether a page lies beyond the end of the file, where nobody may touch it.
     fn is_beyond(&self, page: u64) -> bool {
         page >= self.pages().end().div_ceil(PAGE_SIZE)
     }
@@ -628,6 +563,11 @@ impl MapTarget for Place<'_> {
         self.0.is_tracked()
     }
 
+    fn may_have_shown(&self, page: u64) -> bool {
+        let shown = self.0.shown.as_ref();
+        shown.is_some_and(|shown| shown.contains(page))
+    }
+
     fn copy(&self, page: u64, from: RawSpan, protect: bool) -> Installed {
         let pages = page..page + (from.len / PAGE) as u64;
         self.0.install(pages, |addr, len| {
@@ -651,153 +591,11 @@ impl MapTarget for Place<'_> {
     }
 }
 
-impl MappedMemory for UserMapping {
-    fn signal_fault(&self, addr: usize, access: Access) -> SignalVerdict {
-        if self.channel.delivery() != Delivery::Inline {
-            // The pool has refused this one.
-            return SignalVerdict::NotOurs;
-        }
-        rule_zero("a fault in mapped memory");
-        let counters = &self.shared.counters;
-        counters.note(access);
-        let served = match self.try_serve(addr, access, false, true) {
-            Some(MapOutcome::Mapped) => true,
-            Some(MapOutcome::BeyondEnd) => false,
-            None => {
-                counters.faults_handed_over.bump();
-                let request = Request {
-                    addr,
-                    access,
-                    protected: false,
-                    waiter: Waiter::Slot,
-                };
-                self.shared.slots.call(request) == Answer::Served
-            }
-        };
-        if served {
-            return SignalVerdict::Resolved;
-        }
-        counters.faults_refused.bump();
-        SignalVerdict::NotOurs
-    }
-
-    fn with_lent(
-        &self,
-        addr: usize,
-        len: usize,
-        access: Access,
-        copy: &mut dyn FnMut(*mut u8, usize) -> usize,
-    ) -> Lent {
-        if access == Access::Write && self.map.kind() == UserMapKind::SharedRead {
-            return Lent::Fatal;
-        }
-        let mut done = 0;
-        while done < len {
-            let at = (addr + done) % PAGE;
-            let want = (PAGE - at).min(len - done);
-            let Some(page) = self.map.page_at(addr + done) else {
-                break;
-            };
-            if self.is_known_beyond(page) {
-                return if done > 0 {
-                    Lent::Done(done)
-                } else {
-                    Lent::Fatal
-                };
-            }
-            let moved = match access {
-                _ if self.is_private() => None,
-                Access::Read => self.lend_read(page, at, want, copy),
-                Access::Write => self.lend_write(page, at, want, copy),
-            };
-            match moved {
-                None if done == 0 => return Lent::NeedFault,
-                None => break,
-                Some(moved) => {
-                    done += moved;
-                    if moved < want {
-                        break;
-                    }
-                }
-            }
-        }
-        Lent::Done(done)
-    }
-
-    fn pin(&self, addr: usize, len: usize, access: Access) -> PinnedPart {
-        let kind = match access {
-            Access::Read => PinKind::Read,
-            Access::Write => PinKind::Write,
-        };
-        match (self.map.kind(), kind) {
-            (UserMapKind::Private, _) => return PinnedPart::none(PinStop::Private),
-            (UserMapKind::SharedRead, PinKind::Write) => {
-                return PinnedPart::none(PinStop::Forbidden);
-            }
-            (UserMapKind::SharedRead | UserMapKind::SharedWrite, _) => {}
-        }
-        let mut segments = self.pages().segments();
-        let mut pins = Vec::with_capacity(len.div_ceil(PAGE) + 1);
-        let stop = loop {
-            let done = segments.bytes();
-            if done == len {
-                break None;
-            }
-            let Some(page) = self.map.page_at(addr + done) else {
-                break Some(PinStop::Cold);
-            };
-            if self.is_known_beyond(page) {
-                break Some(PinStop::Forbidden);
-            }
-            match self.pages().try_pin(page, kind) {
-                Ok(pin) => {
-                    let at = (addr + done) % PAGE;
-                    pin.push(&mut segments, at, (PAGE - at).min(len - done));
-                    pins.push(pin);
-                }
-                Err(PinRefusal::Cold) => break Some(PinStop::Cold),
-                Err(PinRefusal::TooMany) => break Some(PinStop::TooMany),
-            }
-        };
-        PinnedPart {
-            segments,
-            pins: Box::new(pins),
-            stop,
-        }
-    }
-
-    fn fault_in(&self, addr: usize, len: usize, access: Access) -> usize {
-        rule_zero("fault-in of mapped memory");
-        if access == Access::Write && self.map.kind() == UserMapKind::SharedRead {
-            return len;
-        }
-        let mut done = 0;
-        while done < len {
-            let at = (addr + done) % PAGE;
-            let Some(page) = self.map.page_at(addr + done) else {
-                break;
-            };
-            if self.is_known_beyond(page) {
-                break;
-            }
-            let outcome = match access {
-                // A store to a private mapping does not concern the file, whose page the kernel copies.
-                Access::Write if !self.is_private() => self.target.make_writable(page),
-                Access::Read | Access::Write => {
-                    let want = Want {
-                        pages: ((at + len - done).div_ceil(PAGE)) as u64,
-                        ahead: Some(self.walks.at(page)),
-                        nowait: false,
-                    };
-                    self.target.make_readable(page, &want)
-                }
-            };
-            if !matches!(outcome, Ok(MapOutcome::Mapped)) {
-                break;
-            }
-            done += PAGE - at;
-        }
-        len - done.min(len)
+/// There is no memory to remember what is shown.
+fn no_record(errno: Errno) -> WindowError {
+    WindowError::System {
+        call: "mmap",
+        errno,
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! *Owns*: the frame [`arena`], spans of user memory and the cursor over them ([`span`], [`iov`]), copies that
 //! survive faults ([`copy`]), fault-in ([`faultin`]), io_uring ([`uring`]), per-thread credentials ([`creds`]); the
-//! memory of mapped files ([`window`]), userfaultfd ([`uffd`]) and the table of user mappings ([`mapped`]).
+//! memory of mapped files ([`window`]), userfaultfd ([`uffd`]), the table of user mappings ([`mapped`]) and a bit for each page
+//! of one ([`page_bits`]).
 //!
 //! *Does not own*: what a frame holds, when memory may be touched, any file.
 //!
@@ -29,6 +30,7 @@ pub mod iov;
 pub mod lend;
 pub mod limits;
 pub mod mapped;
+pub mod page_bits;
 pub mod quiet;
 pub mod region;
 #[cfg(test)]
@@ -47,6 +49,7 @@ pub use homes::Homes;
 pub use iov::{Direction, IovCursor};
 pub use lend::{Lending, PinStop, PinnedPart};
 pub use mapped::{Lent, MappedMemory, SignalVerdict};
+pub use page_bits::PageBits;
 pub use quiet::{Expecting, Quiet};
 pub use span::{AlignedBuf, IoSpan, RawSpan, Segments};
 pub use uffd::{Delivery, InstallStop, Installed, Privilege, Uffd};

@@ -18,5 +18,6 @@ mod mapping {
     pub mod remap;
     pub mod rig;
     mod shifts;
+    mod shown;
     mod signals;
 }

@@ -12,12 +12,15 @@
 //!      │ drop: leaves a mark ────┘  └─ protect ───┤
 //!      └──────────────── drop: leaves none ───────┘
 //! ```
+//! Each mapping has one entry, and the record of whether it has shown the page, as `pinfold-fault` keeps it: set after an
+//! entry came, taken back after the library has dropped the entry and asked, both with the page's lock held.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
 
 use std::ops::Range;
 use std::sync::{Arc, OnceLock, Weak};
 
 use loom::sync::Mutex;
+use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::thread;
 use pinfold_base::Errno;
 use pinfold_mem::uffd::{InstallStop, Installed};
@@ -36,14 +39,24 @@ enum Entry {
     Writable,
 }
 
-/// The kernel, with one mapping of one page.
+/// The kernel and the library's record, for one mapping of one page.
 struct Kernel {
     /// The page-table lock: what is done under it no processor sees half of.
     entry: Mutex<Entry>,
+    /// Whether the mapping may have an entry, or have had one that was stored through. The page's lock orders it.
+    shown: AtomicBool,
     file: OnceLock<Weak<FilePages>>,
 }
 
 impl Kernel {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            entry: Mutex::new(Entry::Empty { marked: false }),
+            shown: AtomicBool::new(false),
+            file: OnceLock::new(),
+        })
+    }
+
     fn file(&self) -> Arc<FilePages> {
         self.file.get().and_then(Weak::upgrade).unwrap()
     }
@@ -65,8 +78,11 @@ impl Kernel {
         };
     }
 
-    /// PAGEMAP_SCAN for pages that were written, which protects them in the same step.
+    /// PAGEMAP_SCAN for pages that were written, which protects them in the same step; asked where the page was shown.
     fn scan(&self) -> bool {
+        if !self.shown.load(Ordering::Relaxed) {
+            return false;
+        }
         let mut entry = self.entry.lock().unwrap();
         let written = matches!(*entry, Entry::Writable | Entry::Empty { marked: false });
         *entry = match *entry {
@@ -121,6 +137,10 @@ impl MapTarget for Kernel {
         true
     }
 
+    fn may_have_shown(&self, _page: u64) -> bool {
+        self.shown.load(Ordering::Relaxed)
+    }
+
     fn copy(&self, _page: u64, _from: RawSpan, _protect: bool) -> Installed {
         // Then the cache fills the window itself.
         Installed {
@@ -142,6 +162,8 @@ impl MapTarget for Kernel {
         } else {
             Entry::Writable
         };
+        drop(entry);
+        self.shown.store(true, Ordering::Relaxed);
         Installed {
             pages: 1,
             stop: None,
@@ -156,16 +178,16 @@ impl MapTarget for Kernel {
     }
 }
 
-/// The file's mappings, of which there is one.
-struct Mappings(Arc<Kernel>);
+/// The file's mappings.
+struct Mappings(Vec<Arc<Kernel>>);
 
 impl ReverseMap for Mappings {
     fn unmap(&self, _pages: Range<u64>) {
-        self.0.drop_now();
+        self.0.iter().for_each(|kernel| kernel.drop_now());
     }
 
     fn protect(&self, _pages: Range<u64>) {
-        self.0.protect_now();
+        self.0.iter().for_each(|kernel| kernel.protect_now());
     }
 
     fn tracks(&self, _pages: &Range<u64>) -> bool {
@@ -173,15 +195,23 @@ impl ReverseMap for Mappings {
     }
 
     fn stores(&self, pages: &Range<u64>, found: &mut dyn FnMut(Range<u64>)) {
-        if self.0.scan() {
-            found(pages.clone());
+        for kernel in &self.0 {
+            if kernel.scan() {
+                found(pages.clone());
+            }
         }
     }
 
     fn withdraw(&self, runs: &[Range<u64>], found: &mut dyn FnMut(Range<u64>)) {
-        for pages in runs {
-            self.0.drop_now();
-            self.stores(pages, found);
+        for (pages, kernel) in runs
+            .iter()
+            .flat_map(|run| self.0.iter().map(move |k| (run, k)))
+        {
+            kernel.drop_now();
+            if kernel.scan() {
+                found(pages.clone());
+            }
+            kernel.shown.store(false, Ordering::Relaxed);
         }
     }
 }
@@ -191,11 +221,17 @@ struct World {
     cache: Arc<Cache>,
     file: Arc<FilePages>,
     kernel: Arc<Kernel>,
+    /// Another mapping, which has shown nothing yet; where there is one.
+    second: Option<Arc<Kernel>>,
     store: Arc<MemoryObject>,
 }
 
 impl World {
     fn new() -> Arc<Self> {
+        Self::with(None)
+    }
+
+    fn with(second: Option<Arc<Kernel>>) -> Arc<Self> {
         let cache = Cache::new(CacheConfig {
             memory: MEMORY_MIN,
             ..CacheConfig::default()
@@ -203,12 +239,12 @@ impl World {
         .unwrap();
         let store = MemoryObject::with(&[0; PAGE]);
         let file = FilePages::new(&cache, store.clone(), PAGE as u64);
-        let kernel = Arc::new(Kernel {
-            entry: Mutex::new(Entry::Empty { marked: false }),
-            file: OnceLock::new(),
-        });
-        kernel.file.set(Arc::downgrade(&file)).unwrap();
-        let reverse = Arc::new(Mappings(Arc::clone(&kernel)));
+        let kernel = Kernel::new();
+        let all: Vec<_> = [&kernel].into_iter().chain(&second).cloned().collect();
+        for kernel in &all {
+            kernel.file.set(Arc::downgrade(&file)).unwrap();
+        }
+        let reverse = Arc::new(Mappings(all));
         file.open_window(1, reverse).unwrap();
         file.note_dirty_file();
         kernel.fault(Access::Read);
@@ -216,8 +252,13 @@ impl World {
             cache,
             file,
             kernel,
+            second,
             store,
         })
+    }
+
+    fn second(&self) -> &Kernel {
+        self.second.as_ref().unwrap()
     }
 
     fn evict(&self) {
@@ -255,8 +296,17 @@ fn explore(model: impl Fn() + Sync + Send + 'static) {
 
 /// Explores `theirs` beside `ours`; then what `ours` has stored must come out of a sync.
 fn beside(theirs: fn(&World), ours: fn(&World)) {
+    explore_two(World::new, theirs, ours);
+}
+
+/// The same where another mapping has not shown the page.
+fn beside_second(theirs: fn(&World), ours: fn(&World)) {
+    explore_two(|| World::with(Some(Kernel::new())), theirs, ours);
+}
+
+fn explore_two(world: fn() -> Arc<World>, theirs: fn(&World), ours: fn(&World)) {
     explore(move || {
-        let world = World::new();
+        let world = world();
         let other = {
             let world = Arc::clone(&world);
             thread::spawn(move || theirs(&world))
@@ -284,6 +334,13 @@ fn store_and_sync(world: &World) {
         1,
         "a store was lost that came before the sync"
     );
+}
+
+/// Stores, drops the entry behind the library's back (`MADV_DONTNEED`), and loads: the new entry must not hide the store.
+fn store_and_drop(world: &World) {
+    world.kernel.store(1);
+    world.kernel.drop_now();
+    world.kernel.fault(Access::Read);
 }
 
 #[test]
@@ -332,6 +389,50 @@ fn t53_a_store_right_after_another_threads_load_is_found() {
             store_and_sync(&world);
         }
         loader.join().unwrap();
+        drop(world);
+    });
+}
+
+#[test]
+fn t53_no_store_is_lost_whose_entry_the_program_drops_beside_a_sync() {
+    beside(World::sync, store_and_drop);
+}
+
+#[test]
+fn t53_no_store_is_lost_whose_entry_the_program_drops_beside_an_eviction() {
+    beside(World::evict, store_and_drop);
+}
+
+/// The other mapping's load does not ask, because it has shown nothing; the first one's still does.
+#[test]
+fn t53_no_store_is_lost_whose_entry_the_program_drops_beside_a_load_elsewhere() {
+    beside_second(|world| world.second().fault(Access::Read), store_and_drop);
+}
+
+/// A mapping's first entry asks for no stores, and those that come through it are found all the same.
+#[test]
+fn t53_no_store_through_a_second_mapping_is_lost_beside_a_sync() {
+    let through_both = |world: &World| {
+        world.second().fault(Access::Read);
+        world.second().store(1);
+    };
+    beside_second(World::sync, through_both);
+}
+
+#[test]
+fn no_store_is_invented_where_another_mapping_has_shown_nothing() {
+    explore(|| {
+        let world = World::with(Some(Kernel::new()));
+        let other = {
+            let world = Arc::clone(&world);
+            thread::spawn(move || world.second().fault(Access::Read))
+        };
+        world.sync();
+        world.evict();
+        other.join().unwrap();
+        world.sync();
+        assert_eq!((world.writes(), world.stored()), (0, 0));
+        assert!(!world.file.is_known_dirty(0));
         drop(world);
     });
 }

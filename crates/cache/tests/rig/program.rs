@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 
 use pinfold_cache::{FilePages, Harvest, MapOutcome, MapTarget, ReverseMap};
 use pinfold_mem::uffd::{Event, Installed, ScanFor, scan, tracks_stores};
-use pinfold_mem::{Delivery, Privilege, RawSpan, Uffd, UserMap, UserMapKind};
+use pinfold_mem::{Delivery, PageBits, Privilege, RawSpan, Uffd, UserMap, UserMapKind};
 
 const PAGE: usize = 4096;
 
@@ -27,6 +27,8 @@ struct Inner {
     uffd: Uffd,
     map: OnceLock<UserMap>,
     faults: AtomicU64,
+    /// Pages that have, or had, an entry.
+    shown: PageBits,
     /// The byte to store once to a page that is about to be withdrawn; 0: none.
     late: AtomicU8,
 }
@@ -59,6 +61,7 @@ impl Program {
             uffd,
             map: OnceLock::new(),
             faults: AtomicU64::new(0),
+            shown: PageBits::new(pages).unwrap(),
             late: AtomicU8::new(0),
         });
         let reverse = Arc::new(Reverse(Arc::downgrade(&inner)));
@@ -205,7 +208,7 @@ impl Inner {
         let (at, len) = self.range(&pages);
         let page = |addr: usize| pages.start + ((addr - at) / PAGE) as u64;
         scan(at..at + len, ScanFor::WrittenAndProtect, |run| {
-            found(page(run.start)..page(run.end));
+            self.shown.runs(page(run.start)..page(run.end), &mut *found);
         })
         .unwrap();
     }
@@ -229,14 +232,23 @@ impl MapTarget for Inner {
         self.uffd.wp_async()
     }
 
+    fn may_have_shown(&self, page: u64) -> bool {
+        self.shown.contains(page)
+    }
+
     fn copy(&self, page: u64, from: RawSpan, protect: bool) -> Installed {
         let at = self.map().addr_of(page).unwrap();
-        self.uffd.copy(at, from, protect)
+        let installed = self.uffd.copy(at, from, protect);
+        self.shown.insert(page..page + installed.pages as u64);
+        installed
     }
 
     fn resume(&self, pages: Range<u64>, protect: bool) -> Installed {
         let (at, len) = self.range(&pages);
-        self.uffd.resume(at, len, protect)
+        let installed = self.uffd.resume(at, len, protect);
+        self.shown
+            .insert(pages.start..pages.start + installed.pages as u64);
+        installed
     }
 
     fn unprotect(&self, pages: Range<u64>) {
@@ -256,6 +268,10 @@ impl MapTarget for Program {
 
     fn tracked(&self) -> bool {
         self.inner.tracked()
+    }
+
+    fn may_have_shown(&self, page: u64) -> bool {
+        self.inner.may_have_shown(page)
     }
 
     fn copy(&self, page: u64, from: RawSpan, protect: bool) -> Installed {
@@ -304,7 +320,8 @@ impl ReverseMap for Reverse {
             self.with_tracked(run, |inner, part| {
                 inner.store_late(part.start);
                 inner.map().drop_entries(part.clone()).unwrap();
-                inner.look(part, found);
+                inner.look(part.clone(), found);
+                inner.shown.remove(part);
             });
         }
     }
