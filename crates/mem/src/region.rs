@@ -28,6 +28,7 @@ use smallvec::SmallVec;
 use crate::copy::copy_nofault;
 use crate::iov::{Direction, IovCursor};
 use crate::span::RawSpan;
+use crate::uffd::{Delivery, Privilege, Uffd};
 
 /// What may be done with a page of a [`Region`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,6 +120,24 @@ impl Region {
         // SAFETY: pages of this mapping only (`part`), into which no reference exists.
         unsafe { rustix::mm::madvise(start.cast(), len, rustix::mm::Advice::LinuxDontNeed) }
             .map_err(errno)
+    }
+
+    /// Poisons the pages that hold bytes `range`: what was in them is gone, and every access is told that the memory has failed,
+    /// a load or store by SIGBUS and a system call by `EFAULT`, until the pages are [discarded](Region::discard). The poison is
+    /// put by a userfaultfd that is nobody's afterwards, so it looks like any other program's.
+    ///
+    /// # Errors
+    /// `EINVAL` for a range that leaves the region; `EOPNOTSUPP` before Linux 6.6; what refuses a userfaultfd.
+    pub fn poison(&self, range: Range<usize>) -> Result<(), Errno> {
+        let first = range.start / Self::PAGE * Self::PAGE;
+        let pages = first..range.end.next_multiple_of(Self::PAGE);
+        let (start, len) = self.part(pages.clone())?;
+        let open = Uffd::open(Delivery::Inline, Privilege::ANY, false);
+        let uffd = open.map_err(|error| error.errno())?;
+        uffd.register_missing(start.addr(), len)?;
+        // Only what is not there can be poisoned.
+        self.discard(pages)?;
+        uffd.poison(start.addr(), len)
     }
 
     /// Stores `bytes` from byte `at` on.
@@ -403,6 +422,28 @@ mod tests {
         region.protect(4096..8192, Protection::ReadWrite).unwrap();
         region.put(8191, &[3]).unwrap();
         assert_eq!(region.put(8191, &[3, 3]), Err(Errno::EINVAL));
+    }
+
+    #[test]
+    fn a_poisoned_page_fails_copies_and_system_calls_until_it_is_discarded() {
+        let region = Region::pages(3).unwrap();
+        region.fill(0..3 * 4096, 9).unwrap();
+        match region.poison(4096..4097) {
+            Err(Errno::EOPNOTSUPP | Errno::EPERM) => return,
+            poisoned => poisoned.unwrap(),
+        }
+        assert_eq!(region.to_vec(4096..4097), Err(Errno::EFAULT));
+        assert_eq!(region.put(5000, &[1]), Err(Errno::EFAULT));
+        let file = nameless();
+        let (whole, flags) = (region.iov(0..3 * 4096), ReadWriteFlags::empty());
+        let written = write(file.as_fd(), &whole, At::Offset(0), flags);
+        assert_eq!(written, Ok(4096));
+        let bad = region.iov(4096..8192);
+        let read = read(file.as_fd(), &bad, At::Offset(0), flags);
+        assert_eq!(read, Err(Errno::EFAULT));
+        assert_eq!(region.to_vec(8192..8193).unwrap(), [9]);
+        region.discard(4096..8192).unwrap();
+        assert_eq!(region.to_vec(4096..4097).unwrap(), [0]);
     }
 
     #[test]

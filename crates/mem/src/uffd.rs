@@ -338,19 +338,28 @@ impl Uffd {
 
     /// The same for a part that is mapped throughout.
     pub(crate) fn register_range(&self, addr: usize, len: usize) -> Result<(), Errno> {
+        let faults = raw::UFFDIO_REGISTER_MODE_MISSING
+            | raw::UFFDIO_REGISTER_MODE_MINOR
+            | raw::UFFDIO_REGISTER_MODE_WP;
+        self.register_for(addr, len, faults)
+    }
+
+    /// Takes charge of missing pages alone, which any memory has.
+    pub(crate) fn register_missing(&self, addr: usize, len: usize) -> Result<(), Errno> {
+        self.register_for(addr, len, raw::UFFDIO_REGISTER_MODE_MISSING)
+    }
+
+    fn register_for(&self, addr: usize, len: usize, faults: u32) -> Result<(), Errno> {
         let mut register = raw::uffdio_register {
             range: range_of(addr, len),
-            mode: u64::from(
-                raw::UFFDIO_REGISTER_MODE_MISSING
-                    | raw::UFFDIO_REGISTER_MODE_MINOR
-                    | raw::UFFDIO_REGISTER_MODE_WP,
-            ),
+            mode: u64::from(faults),
             ioctls: 0,
         };
         const REGISTER: Opcode = linux_raw_sys::ioctl::UFFDIO_REGISTER;
         // SAFETY: the opcode takes this structure.
         let request = unsafe { Updater::<REGISTER, _>::new(&mut register) };
-        // SAFETY: changes who is told of faults; the range is a mapping that nobody holds references into (`UserMap`).
+        // SAFETY: changes who is told of faults; the range is a mapping that nobody holds references into (`UserMap`,
+        // `Region`).
         unsafe { ioctl(&self.fd, request) }.map_err(errno)
     }
 

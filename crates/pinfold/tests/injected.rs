@@ -1,21 +1,32 @@
-//! Buffers that go bad: memory without access, a kernel file's mapping that is cut short, before a call and during it.
-//! Buffered and direct, reads and writes (T07, T27, T28 widened; SEMANTICS.md A, C).
+//! Buffers that go bad: memory without access, poisoned memory, a kernel file's mapping that is cut short, before a call and
+//! during it. Buffered and direct, reads and writes (T07, T27, T28 widened; SEMANTICS.md A, C).
+//!
+//! Attempts are counted: how often memory was brought in is known of the process only, so calls whose attempts are counted
+//! have it to themselves.
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use pinfold::testing::{Action, FaultyObject, On, Rule};
 use pinfold::{Direction, Errno, File, IoOptions, IovCursor, OpenOptions, Progress, Volume};
 use pinfold_mem::region::view::{FileMap, Sharing};
 use pinfold_mem::region::{Protection, Region, UserIov};
+use pinfold_store::Operation;
 
 const PAGE: usize = Region::PAGE;
 const PAGES: usize = 8;
 const LEN: usize = PAGES * PAGE;
+/// Attempts that a call makes at most for one byte that nobody can access (T07).
+const ATTEMPTS_MAX: u64 = 3;
+/// Times a byte's page is brought in at most while somebody takes it away again; the library's own bound.
+const BRING_IN_MAX: u64 = 64;
+/// Taken shared by a call, and exclusive by one whose attempts are counted.
+static CALLS: RwLock<()> = RwLock::new(());
 
 /// Ends the process when `body` hangs.
 fn watched(body: impl FnOnce() + Send + 'static) {
@@ -73,6 +84,28 @@ impl Rig {
 }
 
 fn moved(file: &File, direction: Direction, iov: &UserIov<'_>) -> (u64, Option<Errno>) {
+    let _beside = CALLS.read().unwrap_or_else(PoisonError::into_inner);
+    made(file, direction, iov)
+}
+
+/// As [`moved`], by a call that brings memory in no more than `most` times.
+fn moved_within(
+    rig: &Rig,
+    most: u64,
+    file: &File,
+    direction: Direction,
+    iov: &UserIov<'_>,
+) -> (u64, Option<Errno>) {
+    let _alone = CALLS.write().unwrap_or_else(PoisonError::into_inner);
+    let brought_in = || rig.volume.statistics().fault_in_calls;
+    let before = brought_in();
+    let outcome = made(file, direction, iov);
+    let attempts = brought_in() - before;
+    assert!(attempts <= most, "{attempts} attempts, {direction:?}");
+    outcome
+}
+
+fn made(file: &File, direction: Direction, iov: &UserIov<'_>) -> (u64, Option<Errno>) {
     let mut cursor: IovCursor<'_> = iov.cursor(direction);
     let how = IoOptions::default();
     let Progress { done, stop } = match direction {
@@ -108,7 +141,7 @@ fn memory_that_ends_is_used_to_its_last_byte_or_block() {
                 let whole = (LEN - start) as u64;
                 let expected = (whole, Some(Errno::EFAULT));
                 assert_eq!(
-                    moved(&file, direction, &iov),
+                    moved_within(&rig, ATTEMPTS_MAX, &file, direction, &iov),
                     expected,
                     "{direct} {direction:?}"
                 );
@@ -139,9 +172,88 @@ fn a_foreign_mapping_that_was_cut_short_is_used_to_its_last_page() {
                 let (kernel, map) = rig.foreign();
                 let file = rig.file(direct);
                 kernel.set_len((good * PAGE) as u64).unwrap();
-                let outcome = moved(&file, direction, &map.view().iov(0..LEN));
+                let iov = map.view().iov(0..LEN);
+                let outcome = moved_within(&rig, ATTEMPTS_MAX, &file, direction, &iov);
                 let expected = ((good * PAGE) as u64, Some(Errno::EFAULT));
                 assert_eq!(outcome, expected, "{direct} {direction:?}");
+            }
+        }
+    });
+}
+
+/// Poison of another program's: what lies before it is moved, and nobody gets a signal.
+#[test]
+fn poisoned_memory_is_used_to_the_page_before_it() {
+    watched(|| {
+        let rig = Rig::new();
+        let region = Region::pages(PAGES).unwrap();
+        for (direct, direction) in WAYS {
+            for (good, bad) in [(0, 1), (1, 1), (3, 5), (5, 2), (7, 1)] {
+                region.discard(0..LEN).unwrap();
+                region.fill(0..LEN, b'b').unwrap();
+                match region.poison(good * PAGE..(good + bad) * PAGE) {
+                    Err(errno @ (Errno::EOPNOTSUPP | Errno::EPERM)) => {
+                        return eprintln!("skipped: no memory can be poisoned here: {errno}");
+                    }
+                    poisoned => poisoned.unwrap(),
+                }
+                let file = rig.file(direct);
+                let iov = region.iov(0..LEN);
+                let outcome = moved_within(&rig, ATTEMPTS_MAX, &file, direction, &iov);
+                let whole = good * PAGE;
+                let expected = (whole as u64, Some(Errno::EFAULT));
+                assert_eq!(outcome, expected, "{direct} {direction:?}, {bad} behind");
+                if direction == Direction::Source {
+                    file.sync_all().unwrap();
+                    let stored = std::fs::read(rig.dir.path().join("served/f")).unwrap();
+                    let (new, old) = stored.split_at(whole);
+                    assert!(new.iter().all(|&byte| byte == b'b'), "what was told");
+                    assert!(old.iter().all(|&byte| byte == b'f') && stored.len() == LEN);
+                } else {
+                    let got = region.to_vec(0..whole).unwrap();
+                    assert!(got.iter().all(|&byte| byte == b'f'), "what was told");
+                }
+            }
+        }
+        assert!(rig.volume.pins_held().is_empty());
+    });
+}
+
+/// A store is asked once for all, once for what is good of it, and not over and over.
+#[test]
+fn a_direct_call_that_meets_bad_memory_goes_to_the_store_twice() {
+    watched(|| {
+        let counted: Arc<Mutex<Option<Arc<FaultyObject>>>> = Arc::default();
+        let layered = Arc::clone(&counted);
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::builder()
+            .memory(1 << 20)
+            .object_layer(Arc::new(move |inner| {
+                let faulty = FaultyObject::new(inner);
+                *layered.lock().unwrap() = Some(Arc::clone(&faulty));
+                faulty
+            }))
+            .open_dir(dir.path())
+            .unwrap();
+        let options = OpenOptions::new().read(true).write(true).create(true);
+        let file = volume.open("f", &options.direct(true)).unwrap();
+        file.set_len(LEN as u64).unwrap();
+        let object = counted.lock().unwrap().clone().unwrap();
+        // A rule that changes nothing counts.
+        for operation in [Operation::Read, Operation::Write] {
+            object.add(Rule::new(On::Only(operation), Action::Short(u64::MAX)));
+        }
+        let region = Region::pages(PAGES).unwrap();
+        region.fill(0..LEN, b'b').unwrap();
+        let bad = 5 * PAGE..LEN;
+        region.protect(bad, Protection::None).unwrap();
+        for direction in [Direction::Source, Direction::Target] {
+            for (good, transfers) in [(5, 2), (0, 1)] {
+                let before = object.struck();
+                let start = (5 - good) * PAGE;
+                let (done, errno) = moved(&file, direction, &region.iov(start..LEN));
+                assert_eq!((done, errno), ((good * PAGE) as u64, Some(Errno::EFAULT)));
+                assert_eq!(object.struck() - before, transfers, "{direction:?}");
             }
         }
     });
@@ -166,7 +278,8 @@ fn beside(rig: &Rig, iov: &UserIov<'_>, meanwhile: impl Fn(usize) + Sync) {
                 if round > 10 && begun.elapsed() > Duration::from_secs(4) {
                     break;
                 }
-                let (done, errno) = moved(&file, direction, iov);
+                let most = BRING_IN_MAX * (PAGES as u64 + 1);
+                let (done, errno) = moved_within(rig, most, &file, direction, iov);
                 assert!(matches!(errno, None | Some(Errno::EFAULT)), "{errno:?}");
                 assert!(
                     errno.is_some() || done == LEN as u64,
