@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use pinfold::glocks::service::scripted::Scripted;
 use pinfold::glocks::{Clock, HandClock, Mode, Name, Options, Space, Time};
-use pinfold::testing::{Action, FaultyObject, On, Rule};
-use pinfold::{Delivery, Errno, ErrorKind, File, MapAccess, Mapping, Object, Volume};
+use pinfold::testing::{Action, DeferredObject, FaultyObject, On, Rule};
+use pinfold::{
+    Delivery, Errno, ErrorKind, File, MapAccess, Mapping, Object, Volume, VolumeBuilder,
+};
 use pinfold_store::Operation;
 
 use super::rig::{
@@ -154,6 +156,10 @@ const LEASE: Duration = Duration::from_secs(10);
 
 impl Alone {
     fn new() -> Self {
+        Self::with(|builder| builder)
+    }
+
+    fn with(set: impl FnOnce(VolumeBuilder) -> VolumeBuilder) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let service = Scripted::new();
         let clock = HandClock::new();
@@ -163,8 +169,7 @@ impl Alone {
             ..Options::default()
         };
         let space = Space::join(&service, "a", options).unwrap();
-        let volume = Volume::builder()
-            .memory(MEMORY)
+        let volume = set(Volume::builder().memory(MEMORY))
             .glocks(Arc::new(space))
             .open_dir(dir.path())
             .unwrap();
@@ -218,6 +223,65 @@ fn h13_after_its_lease_a_node_uses_nothing_it_has_cached() {
             same(stored, filled(PAGE, b'o'));
         });
     }
+}
+
+/// H-13: a transfer that was about to be made when the lease ended is not made after it.
+#[test]
+fn h13_a_transfer_that_comes_after_the_lease_is_not_made() {
+    watched(|| {
+        let slow: Arc<Mutex<Option<Arc<DeferredObject>>>> = Arc::default();
+        let made = Arc::clone(&slow);
+        let alone = Alone::with(|builder| {
+            builder.object_layer(Arc::new(move |object| {
+                let object = DeferredObject::new(object);
+                *made.lock().unwrap() = Some(Arc::clone(&object));
+                object as Arc<dyn Object>
+            }))
+        });
+        let file = alone.granting(|| alone.volume.open("f", &rw()).unwrap());
+        alone.granting(|| file.write_at(&filled(PAGE, b'n'), 0).unwrap());
+        let slow = slow.lock().unwrap().clone().unwrap();
+        thread::scope(|scope| {
+            let storing = scope.spawn(|| file.write_back(0..PAGE as u64));
+            until(|| !slow.queued().is_empty());
+            alone.clock.advance(LEASE);
+            slow.open();
+            let refused = storing.join().unwrap().unwrap_err();
+            assert_eq!(refused.errno(), Errno::EIO);
+        });
+        let stored = std::fs::read(alone.dir.path().join("f")).unwrap();
+        same(stored, b"");
+    });
+}
+
+/// T62 (b): another node's call that comes right after a fault is put off until the instruction can have run, although nobody
+/// holds the lock any more.
+#[test]
+fn t62_a_call_that_comes_right_after_a_fault_is_put_off() {
+    both(|delivery| {
+        let alone = Alone::new();
+        let file = alone.granting(|| alone.volume.open("f", &rw()).unwrap());
+        alone.granting(|| file.set_len(PAGE as u64).unwrap());
+        let mapped = alone.granting(|| map(&file, MapAccess::Write, delivery));
+        let name = name_of(&alone.volume, &file);
+        let report = || {
+            let reports = alone.volume.glocks().unwrap().report();
+            let found = reports.into_iter().find(|report| report.name == name);
+            found.unwrap()
+        };
+        word(&mapped, 0).store(1, Ordering::SeqCst);
+        // The pool's thread lets go of it after the store may go on.
+        until(|| report().holders.is_empty());
+        alone.service.demote("a", name, Mode::Exclusive);
+        assert!(report().demote.unwrap().deferred, "taken away at once");
+        alone.clock.advance(Options::default().hold);
+        let asked = alone.service.next();
+        assert_eq!((asked.from, asked.to), (Mode::Exclusive, Mode::Unlocked));
+        alone.service.grant(&asked, 1);
+        alone.granting(|| drop((mapped, file)));
+        // Or the volume's end would wait for a grant of nobody's.
+        alone.volume.glocks().unwrap().withdraw(Errno::EIO);
+    });
 }
 
 /// The name of a file's glock.
