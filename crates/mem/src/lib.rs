@@ -32,6 +32,7 @@ pub mod limits;
 pub mod mapped;
 pub mod page_bits;
 pub mod quiet;
+pub mod record_lock;
 pub mod region;
 #[cfg(test)]
 mod region_for_tests;

@@ -42,6 +42,7 @@ mod metadata;
 mod node;
 mod open_options;
 mod pending;
+mod record_locks;
 mod resize;
 mod shared;
 mod volume;
@@ -67,6 +68,7 @@ pub use pinfold_mem::{
 };
 pub use pinfold_store::dir::namespace::DirEntry;
 pub use pinfold_store::{Object, Seek, StoreError, TimeLimitSnapshot, testing};
+pub use record_locks::{RecordLock, RecordLocks};
 pub use resize::AllocateMode;
 pub use shared::Demoted;
 

@@ -34,6 +34,7 @@ use crate::file::{Access, File};
 use crate::inode::{Backing, Inode};
 use crate::metadata::{Kind, Metadata, NodeId, Owner, SetAttributes, SetTime, Statfs};
 use crate::open_options::OpenOptions;
+use crate::record_locks::RecordLocks;
 use crate::shared::{Hold, Leased, Shared, refused};
 
 mod stamps;
@@ -519,6 +520,19 @@ impl Node {
         let adopted = data.object.adopt(fd, true, true);
         adopted.map_err(failed("create"))?;
         Ok(File::new(self.clone(), Arc::clone(&data.inode), access))
+    }
+
+    /// Opens the stored file for record locks of one owner more.
+    ///
+    /// # Errors
+    /// What open(2) says.
+    pub fn record_locks(&self) -> Result<RecordLocks> {
+        let _quiet = Quiet::enter();
+        // What the program may do was decided when it opened the file.
+        let opened = self.0.with(Handle::open_beside);
+        opened
+            .map(RecordLocks::new)
+            .map_err(failed("lock records of"))
     }
 
     /// Opens the directory for reading its entries.

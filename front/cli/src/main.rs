@@ -9,7 +9,10 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 mod bench;
+mod cluster;
+mod glocks;
 mod mount;
+mod nodes;
 mod torture;
 
 /// A file I/O stack in user space.
@@ -23,8 +26,10 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Bench(bench::Arguments),
+    Glocks(glocks::Arguments),
     /// Serve a directory at a mount point, for as long as a command runs or until it is unmounted
     Mount(mount::Arguments),
+    Nodes(nodes::Arguments),
     Torture(torture::Arguments),
 }
 
@@ -38,7 +43,9 @@ fn main() -> ExitCode {
         .init();
     let outcome = match cli.command {
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::Glocks(arguments) => glocks::run(&arguments),
         Command::Mount(arguments) => mount::run(&arguments),
+        Command::Nodes(arguments) => nodes::run(&arguments),
         Command::Torture(arguments) => Ok(torture::run(&arguments)),
     };
     outcome.unwrap_or_else(|error| {

@@ -6,13 +6,18 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, ExitStatus};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use pinfold::Volume;
+use pinfold::glocks::Space;
 use pinfold_fuse::{MountOptions, Mounted, Unmounted};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::cluster::{self, Membership, Where};
+use crate::glocks::status;
 
 mod place;
 mod signals;
@@ -53,6 +58,18 @@ pub(crate) struct Arguments {
     /// Create DIR and MOUNTPOINT where they are missing; such a MOUNTPOINT is removed at the end
     #[arg(long)]
     mkdir: bool,
+
+    #[command(
+        flatten,
+        next_help_heading = "Cluster: DIR is served by several nodes as if they were one"
+    )]
+    cluster: Where,
+
+    #[command(
+        flatten,
+        next_help_heading = "Cluster: DIR is served by several nodes as if they were one"
+    )]
+    membership: Membership,
 
     /// The directory that holds the files
     dir: PathBuf,
@@ -99,6 +116,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
     if let Some(limit) = arguments.store_timeout {
         volume = volume.store_timeout(limit);
     }
+    let node = cluster::join(&arguments.cluster, &arguments.membership, &place.dir)?;
+    if let Some((_, space)) = &node {
+        volume = volume.glocks(Arc::clone(space));
+    }
     let volume = volume.open_dir(&place.dir)?;
     let (tell, events) = channel();
     // Before the mount: a signal from now on must not leave one behind.
@@ -108,11 +129,22 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         threads: arguments.threads,
         allow_other: arguments.allow_other,
         size_wait: None,
+        shared: node.is_some(),
     };
     let mounted = pinfold_fuse::mount(volume.root(), &place.mountpoint, &options, move || {
         // Nobody listens once the main thread is past its loop.
         let _ = ended.send(Event::MountEnded);
     })?;
+    let _desk = node.as_ref().and_then(|(name, space)| {
+        watch_node(Arc::downgrade(space));
+        let desk = status::serve(&place.mountpoint, name, &Arc::downgrade(space));
+        desk.inspect_err(|error| {
+            eprintln!("pinfold: {error:#}: `pinfold glocks` has nobody to ask")
+        })
+        .ok()
+    });
+    // The volume has it from here on, and leaves when it closes.
+    drop(node);
     let status = match arguments.command.split_first() {
         Some((program, rest)) => {
             let mut command = Command::new(program);
@@ -125,6 +157,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         }
     };
     let ended = finish(&volume, mounted);
+    let withdrew = volume.glocks().and_then(|space| space.check().err());
     if arguments.stats {
         eprint!("{}", report(&volume));
     }
@@ -132,7 +165,32 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         .close()
         .context("not everything could be written back")?;
     ended?;
+    if let Some(errno) = withdrew {
+        bail!(
+            "this node was no member of the cluster any more ({errno}): what it had not stored by then is lost"
+        );
+    }
     Ok(status)
+}
+
+/// Tells once that the node has withdrawn: until then everything works, and after it nothing does.
+fn watch_node(space: Weak<Space>) {
+    const LOOK: Duration = Duration::from_millis(500);
+    std::thread::spawn(move || {
+        loop {
+            match space.upgrade().map(|space| space.check()) {
+                None => return,
+                Some(Ok(())) => std::thread::sleep(LOOK),
+                Some(Err(errno)) => {
+                    eprintln!(
+                        "pinfold: this node is not a member of the cluster any more ({errno}): everything answers EIO. \
+                         Unmount, and mount again"
+                    );
+                    return;
+                }
+            }
+        }
+    });
 }
 
 /// Raises the limit of open descriptors as far as it goes: the server holds some for every open file of every program.

@@ -21,6 +21,7 @@ mod attributes;
 mod growth;
 mod inodes;
 mod invalidator;
+mod locks;
 mod mount;
 mod opens;
 mod reply;

@@ -19,6 +19,7 @@ use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::growth::{self, Settler};
 use crate::invalidator::Invalidator;
+use crate::locks::Locks;
 use crate::reply::Device;
 use crate::server::Server;
 
@@ -47,6 +48,9 @@ pub struct MountOptions {
     /// How long a question for the size of a file waits for the call that makes it grow; then it is answered with a size that
     /// cannot be read up to until that call ends. Default: a second.
     pub size_wait: Option<Duration>,
+    /// Whether the volume has glocks, so that other nodes change its files too. Then the kernel caches neither contents nor
+    /// names nor attributes, and shared mappings are refused (ENODEV); private ones show what the file was.
+    pub shared: bool,
 }
 
 /// Why a volume could not be mounted.
@@ -118,11 +122,13 @@ pub fn mount(
     let device = Arc::new(Device::default());
     let invalidator = Arc::new(Invalidator::default());
     let settler = Arc::new(Settler::new(options.size_wait.unwrap_or(growth::WAIT)));
+    let locks = options.shared.then(Arc::<Locks>::default);
     let server = Server::new(
         root,
         Arc::clone(&device),
         Arc::clone(&invalidator),
         Arc::clone(&settler),
+        locks.clone(),
     );
     let allow_other = options.allow_other.unwrap_or(privileged);
     let mut config = Config::default();
@@ -146,9 +152,10 @@ pub fn mount(
     invalidator
         .start(session.notifier())
         .and_then(|()| settler.start(&session.notifier()))
+        .and_then(|()| locks.as_ref().map_or(Ok(()), Locks::start))
         .map_err(MountError::NoThread)?;
     // The server's are the only ones left: their threads end with it.
-    drop((invalidator, settler));
+    drop((invalidator, settler, locks));
     let serving = std::thread::Builder::new()
         .name("pinfold-fuse".into())
         .spawn(move || {

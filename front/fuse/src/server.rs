@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use fuser::{
     Errno, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, ReplyData, ReplyDirectoryPlus,
@@ -14,6 +15,7 @@ use crate::attributes::{PERMISSIONS, VALID, errno, file_attr};
 use crate::growth::{Grower, Settler};
 use crate::inodes::{Inodes, ROOT};
 use crate::invalidator::Invalidator;
+use crate::locks::Locks;
 use crate::opens::{Directories, Files, OpenFile};
 use crate::reply::Device;
 
@@ -67,6 +69,8 @@ pub(crate) struct Server {
     device: Arc<Device>,
     invalidator: Arc<Invalidator>,
     settler: Arc<Settler>,
+    /// Where other nodes change the files too: the locks of programs here.
+    shared: Option<Arc<Locks>>,
 }
 
 fn refused(error: pinfold::Error) -> Errno {
@@ -100,6 +104,7 @@ impl Server {
         device: Arc<Device>,
         invalidator: Arc<Invalidator>,
         settler: Arc<Settler>,
+        shared: Option<Arc<Locks>>,
     ) -> Self {
         Self {
             inodes: Inodes::new(root),
@@ -108,11 +113,26 @@ impl Server {
             device,
             invalidator,
             settler,
+            shared,
+        }
+    }
+
+    /// Returns how long the kernel may use names and attributes without asking. Of what other nodes change it may not: nobody
+    /// tells it in time.
+    fn valid(&self) -> Duration {
+        if self.shared.is_some() {
+            Duration::ZERO
+        } else {
+            VALID
         }
     }
 
     fn node(&self, number: INodeNo) -> Answer<Node> {
         self.inodes.get(number.0).ok_or(Errno::ESTALE)
+    }
+
+    fn locks(&self) -> Answer<&Arc<Locks>> {
+        self.shared.as_ref().ok_or(Errno::ENOSYS)
     }
 
     fn file(&self, handle: FileHandle) -> Answer<Arc<OpenFile>> {
@@ -127,7 +147,9 @@ impl Server {
         work: impl FnOnce() -> Result<T, E>,
         reached: impl FnOnce(&T) -> u64,
     ) -> Result<T, E> {
-        let growth = (end > len).then(|| self.inodes.growth(number.0)).flatten();
+        // Reads of shared files pass the kernel's idea of a size by.
+        let grows = end > len && self.shared.is_none();
+        let growth = grows.then(|| self.inodes.growth(number.0)).flatten();
         let Some(growth) = growth else {
             return work();
         };
@@ -157,7 +179,7 @@ impl Server {
 
     fn answer_entry(&self, made: Answer<Node>, reply: ReplyEntry) {
         match made.and_then(|node| self.enter(&node)) {
-            Ok((attr, generation)) => reply.entry(&VALID, &attr, generation),
+            Ok((attr, generation)) => reply.entry(&self.valid(), &attr, generation),
             Err(error) => reply.error(error),
         }
     }
@@ -221,7 +243,7 @@ impl Server {
         let version = node.content_version();
         let cached = self.inodes.still_cached(number.0, version);
         let handle = self.files.insert(OpenFile::new(file));
-        Ok((handle, cache_flags(cached, flags)))
+        Ok((handle, self.cache_flags(cached, flags)))
     }
 
     fn make(
@@ -237,7 +259,23 @@ impl Server {
         let (attr, generation) = self.enter(&node)?;
         let cached = self.inodes.still_cached(attr.ino.0, node.content_version());
         let handle = self.files.insert(OpenFile::new(file));
-        Ok((attr, generation, handle, cache_flags(cached, flags)))
+        Ok((attr, generation, handle, self.cache_flags(cached, flags)))
+    }
+
+    fn cache_flags(&self, cached: bool, flags: i32) -> FopenFlags {
+        if self.shared.is_some() {
+            // Every read and write comes here. The kernel has pages for private mappings alone, of what the file was when
+            // they were mapped (`WANTED`).
+            FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+        } else if flags & libc::O_DIRECT != 0 {
+            FopenFlags::FOPEN_DIRECT_IO
+                | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+                | FopenFlags::FOPEN_KEEP_CACHE
+        } else if cached {
+            FopenFlags::FOPEN_KEEP_CACHE
+        } else {
+            FopenFlags::empty()
+        }
     }
 
     fn read_direct(&self, open: &OpenFile, offset: u64, size: u32, reply: ReplyData) {
@@ -254,11 +292,14 @@ impl Server {
     fn write_data(
         &self,
         open: &OpenFile,
-        offset: u64,
-        data: &[u8],
-        direct: bool,
-        whole: bool,
+        (offset, data): (u64, &[u8]),
+        (direct, whole, append): (bool, bool, bool),
     ) -> pinfold::Result<usize> {
+        if append {
+            // Where the end is, other nodes change it; the kernel's idea of it is not asked for.
+            let file = open.way(false)?;
+            return file.append(data).map(|(_, done)| done);
+        }
         let file = open.way(direct)?;
         if direct {
             return with_aligned(data.len(), |buf| {
@@ -334,7 +375,7 @@ impl Server {
                 attr.ino,
                 entry.next,
                 &entry.name,
-                &VALID,
+                &self.valid(),
                 &attr,
                 Generation(0),
             );
@@ -344,7 +385,14 @@ impl Server {
             return false;
         };
         let (attr, generation) = self.enter_with(&node, &metadata);
-        let full = reply.add(attr.ino, entry.next, &entry.name, &VALID, &attr, generation);
+        let full = reply.add(
+            attr.ino,
+            entry.next,
+            &entry.name,
+            &self.valid(),
+            &attr,
+            generation,
+        );
         if full {
             self.inodes.forget(attr.ino.0, 1);
         }
@@ -356,18 +404,6 @@ impl Server {
 fn options(flags: i32) -> Answer<OpenOptions> {
     let options = OpenOptions::from_flags(flags).map_err(refused)?;
     Ok(options.append(false).dsync(false).nofollow(false))
-}
-
-fn cache_flags(cached: bool, flags: i32) -> FopenFlags {
-    if flags & libc::O_DIRECT != 0 {
-        FopenFlags::FOPEN_DIRECT_IO
-            | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
-            | FopenFlags::FOPEN_KEEP_CACHE
-    } else if cached {
-        FopenFlags::FOPEN_KEEP_CACHE
-    } else {
-        FopenFlags::empty()
-    }
 }
 
 fn owner(request: &Request, umask: u32) -> Owner {

@@ -7,9 +7,9 @@ use std::time::SystemTime;
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation,
-    INodeNo, IoctlFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock,
+    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use pinfold::{AllocateMode, Kind, Seek, SetAttributes, SetXattr};
 
@@ -18,17 +18,30 @@ use super::{
     refused, shown,
 };
 use crate::attributes::{
-    PERMISSIONS, VALID, absent, decode_device, file_attr, file_type, kind_of, set_time,
+    PERMISSIONS, absent, decode_device, file_attr, file_type, kind_of, set_time,
 };
 use crate::growth::Question;
 use crate::invalidator::Written;
+use crate::locks::Wish;
 
 impl Filesystem for Server {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         for wanted in WANTED {
+            if self.shared.is_some() && wanted == InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP {
+                // A shared mapping's stores are the kernel's to tell, which it does when it likes: such mappings are
+                // refused (ENODEV).
+                continue;
+            }
             if config.add_capabilities(wanted).is_err() {
                 tracing::debug!(?wanted, "the kernel cannot");
             }
+        }
+        if self.shared.is_some()
+            && config
+                .add_capabilities(InitFlags::FUSE_POSIX_LOCKS)
+                .is_err()
+        {
+            tracing::warn!("record locks hold among the programs of this mount alone");
         }
         // Refusals name the nearest value that would do; what stands then is a default that works.
         let _ = config.set_max_write(TRANSFER_MAX);
@@ -47,11 +60,11 @@ impl Filesystem for Server {
         match dir.lookup_attributes(name) {
             Ok((node, metadata)) => {
                 let (attr, generation) = self.enter_with(&node, &metadata);
-                reply.entry(&VALID, &attr, generation);
+                reply.entry(&self.valid(), &attr, generation);
             }
             // The kernel remembers for a moment that there is no such name.
             Err(error) if error.errno() == pinfold::Errno::ENOENT => {
-                reply.entry(&VALID, &absent(), Generation(0));
+                reply.entry(&self.valid(), &absent(), Generation(0));
             }
             Err(error) => reply.error(refused(error)),
         }
@@ -85,7 +98,7 @@ impl Filesystem for Server {
                 Question::new(number, (growth, seen), attr, self.settler.wait_max(), reply);
             return self.settler.answer_settled(question);
         }
-        reply.attr(&VALID, &attr);
+        reply.attr(&self.valid(), &attr);
     }
 
     fn setattr(
@@ -115,7 +128,10 @@ impl Filesystem for Server {
             modified: set_time(modified),
         };
         match self.set(request, number, handle, &set) {
-            Ok(metadata) => reply.attr(&VALID, &file_attr(shown(number, &metadata), &metadata)),
+            Ok(metadata) => reply.attr(
+                &self.valid(),
+                &file_attr(shown(number, &metadata), &metadata),
+            ),
             Err(error) => reply.error(error),
         }
     }
@@ -245,7 +261,7 @@ impl Filesystem for Server {
         let flags = flags | libc::O_CREAT;
         match self.make(request, (parent, name), (mode, umask, flags)) {
             Ok((attr, generation, handle, how)) => {
-                reply.created(&VALID, &attr, generation, FileHandle(handle), how);
+                reply.created(&self.valid(), &attr, generation, FileHandle(handle), how);
             }
             Err(error) => reply.error(error),
         }
@@ -311,11 +327,12 @@ impl Filesystem for Server {
             tracing::debug!(%error, uid = request.uid(), "cannot clear set-id bits");
         }
         let direct = past_pages && flags.0 & libc::O_DIRECT != 0;
+        let append = self.shared.is_some() && past_pages && flags.0 & libc::O_APPEND != 0;
         let outcome = self
             .growing(
                 (request, number, Some(handle)),
                 (open.file().len(), offset + data.len() as u64),
-                || self.write_data(&open, offset, data, direct, write_back),
+                || self.write_data(&open, (offset, data), (direct, write_back, append)),
                 |&done| offset + done as u64,
             )
             // At most TRANSFER_MAX.
@@ -340,11 +357,15 @@ impl Filesystem for Server {
     fn flush(
         &self,
         _request: &Request,
-        _number: INodeNo,
+        number: INodeNo,
         _handle: FileHandle,
-        _lock_owner: LockOwner,
+        lock_owner: LockOwner,
         reply: ReplyEmpty,
     ) {
+        if let Some(locks) = &self.shared {
+            locks.release(number, lock_owner);
+            return reply.ok();
+        }
         // Nothing to do at a close that is not the last: writes have been told their errors. The kernel asks no more.
         reply.error(Errno::ENOSYS);
     }
@@ -365,6 +386,70 @@ impl Filesystem for Server {
         let closed = self.files.remove(handle.0);
         drop(closed);
         reply.ok();
+    }
+
+    fn getlk(
+        &self,
+        _request: &Request,
+        number: INodeNo,
+        _handle: FileHandle,
+        owner: LockOwner,
+        start: u64,
+        end: u64,
+        kind: i32,
+        _pid: u32,
+        reply: ReplyLock,
+    ) {
+        let wish = Wish {
+            number,
+            owner,
+            kind,
+            start,
+            end,
+        };
+        let found = self.locks().and_then(|locks| {
+            let node = self.node(number)?;
+            locks.conflict(&node, &wish)
+        });
+        match found {
+            // Who has it is another owner of ours at most: no number is one of a process here.
+            Ok(Some((kind, range))) => {
+                let last = range.end.checked_sub(1).filter(|_| range.end < u64::MAX);
+                let last = last.unwrap_or(i64::MAX.unsigned_abs());
+                reply.locked(range.start, last, kind, 0);
+            }
+            Ok(None) => reply.locked(0, 0, libc::F_UNLCK, 0),
+            Err(error) => reply.error(error),
+        }
+    }
+
+    fn setlk(
+        &self,
+        request: &Request,
+        number: INodeNo,
+        _handle: FileHandle,
+        owner: LockOwner,
+        start: u64,
+        end: u64,
+        kind: i32,
+        _pid: u32,
+        sleep: bool,
+        reply: ReplyEmpty,
+    ) {
+        let wish = Wish {
+            number,
+            owner,
+            kind,
+            start,
+            end,
+        };
+        let found = self
+            .locks()
+            .and_then(|locks| Ok((locks, self.node(number)?)));
+        match found {
+            Ok((locks, node)) => locks.set(&node, &wish, sleep.then(|| request.pid()), reply),
+            Err(error) => reply.error(error),
+        }
     }
 
     fn fsync(

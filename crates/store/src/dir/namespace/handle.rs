@@ -489,6 +489,16 @@ impl Handle {
         rustix::fs::removexattr(&path, name).map_err(errno)
     }
 
+    /// Opens the file once more, for what is no data: with as many rights as there are.
+    ///
+    /// # Errors
+    /// What open(2) says.
+    pub fn open_beside(self: &Arc<Self>) -> Result<OwnedFd, Errno> {
+        self.open_path(OFlags::RDWR)
+            .or_else(|_| self.open_path(OFlags::RDONLY))
+            .or_else(|_| self.open_path(OFlags::WRONLY))
+    }
+
     /// Returns this handle as what a file object opens itself by.
     #[must_use]
     pub fn reopener(self: &Arc<Self>) -> Arc<dyn Reopen> {
