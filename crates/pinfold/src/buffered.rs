@@ -37,6 +37,10 @@ impl File {
                 break None;
             }
             if pos >= pages.end() {
+                if how.nowait && done > 0 {
+                    // To ask again might be to wait, and there is something to tell.
+                    break None;
+                }
                 match self.has_grown_past(pos, how) {
                     Ok(true) => {}
                     Ok(false) => break None,

@@ -210,7 +210,10 @@ impl Node {
     /// # Errors
     /// `ENOENT`, `ENOTDIR`; `EINVAL` for `.`, `..` and what contains a slash.
     pub fn lookup(&self, name: &OsStr) -> Result<Self> {
-        self.lookup_attributes(name).map(|(node, _)| node)
+        let _quiet = Quiet::enter();
+        let found = self.0.with(|handle| handle.lookup(name));
+        let (handle, stat) = found.map_err(failed_at("look up", name))?;
+        Ok(self.0.tree.node(handle, &stat))
     }
 
     /// Finds `name` in this directory, and its attributes in the same go.
@@ -221,16 +224,23 @@ impl Node {
         let _quiet = Quiet::enter();
         let found = self.0.with(|handle| handle.lookup(name));
         let (handle, stat) = found.map_err(failed_at("look up", name))?;
-        Ok(self.adopt(handle, stat))
+        self.adopt(handle, stat)
     }
 
-    fn adopt(&self, handle: Arc<Handle>, stat: Stat) -> (Self, Metadata) {
+    fn adopt(&self, handle: Arc<Handle>, stat: Stat) -> Result<(Self, Metadata)> {
         let node = self.0.tree.node(handle, &stat);
-        // Its cached changes count, or another node's; and it may have changed since `stat` was read.
-        let newer = node.0.data.get().is_some() || self.0.tree.space().is_some();
-        let merged = newer.then(|| node.attributes().ok()).flatten();
+        if self.0.tree.space().is_some() && node.kind() == Kind::File {
+            // Another node may have newer ones, and what it has not stored is nowhere else.
+            let metadata = node.attributes()?;
+            return Ok((node, metadata));
+        }
+        let merged = match node.0.data.get() {
+            // Its cached changes count, and it may have changed since `stat` was read.
+            Some(_) => node.attributes().ok(),
+            None => None,
+        };
         let metadata = merged.unwrap_or_else(|| Metadata::from(&stat));
-        (node, metadata)
+        Ok((node, metadata))
     }
 
     /// Creates a regular file, or opens the one there is unless `options` ask for a new one.

@@ -26,7 +26,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use machine::Mismatch;
-use program::Program;
+use program::{Program, Verb};
 
 /// How long the default run takes.
 const SECONDS: u64 = 10;
@@ -80,6 +80,29 @@ fn random_programs_leave_what_they_wrote() {
         let program = Program::generate(seed);
         if let Err(mismatch) = machine::run(&program) {
             report(&format!("seed {seed}"), &program, &mismatch);
+        }
+        runs += 1;
+    }
+    println!("{runs} programs");
+    assert!(runs > 0, "not even one program was run");
+}
+
+/// The same on three nodes, one operation after the other: each sees what the others have done. What a private mapping has copied
+/// is cut off on its own node alone, and what must not wait may have to for a glock.
+#[test]
+fn random_programs_on_several_nodes_leave_what_they_wrote() {
+    let (seeds, until) = seeds();
+    let until = until - Duration::from_secs(seconds()) / 2;
+    let mut runs = 0;
+    for seed in seeds {
+        if Instant::now() > until {
+            break;
+        }
+        let mut program = Program::generate(seed);
+        let left_out = [Verb::StorePrivate, Verb::ReadPrivate, Verb::ReadNowait];
+        program.ops.retain(|op| !left_out.contains(&op.verb));
+        if let Err(mismatch) = machine::run_on(&program, 3) {
+            panic!("seed {seed} on three nodes: {mismatch:?}\n\n{program}");
         }
         runs += 1;
     }

@@ -1,4 +1,4 @@
-//! Runs a program on a volume and on bytes in memory side by side.
+//! Runs a program on a volume, or on several that share a directory, and on bytes in memory side by side.
 
 use std::io::{IoSlice, IoSliceMut, Write as _};
 use std::path::{Path, PathBuf};
@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
+use pinfold::glocks::{Options, Space, service::local::Local};
 use pinfold::{AllocateMode, Delivery, Errno, File, IoOptions, OpenOptions, Seek, Volume};
 use pinfold_mem::Direction;
 use pinfold_mem::region::{Protection, Region, UserIov};
@@ -37,6 +38,11 @@ const RUN_MAX: Duration = Duration::from_secs(120);
 ///
 /// A panic counts as a mismatch. A hang ends the process, after the program is printed.
 pub fn run(program: &Program) -> Result<(), Mismatch> {
+    run_on(program, 1)
+}
+
+/// As [`run`], each operation on another of so many nodes.
+pub fn run_on(program: &Program, nodes: usize) -> Result<(), Mismatch> {
     let dir = tempfile::tempdir().unwrap();
     let (tell, told) = channel();
     let theirs = program.clone();
@@ -44,7 +50,8 @@ pub fn run(program: &Program) -> Result<(), Mismatch> {
     let runner = std::thread::Builder::new()
         .name("model".into())
         .spawn(move || {
-            let result = Machine::new(&path, &theirs).and_then(|machine| machine.run(&theirs));
+            let result =
+                Machine::new(&path, &theirs, nodes).and_then(|machine| machine.run(&theirs));
             let _ = tell.send(result);
         })
         .unwrap();
@@ -82,13 +89,16 @@ pub fn hangs(what: &str) -> ! {
     std::process::abort()
 }
 
-/// A volume, three descriptors of its file, and what the file must hold.
+/// Volumes, three descriptors of their file on each, and what the file must hold.
 pub struct Machine {
     dir: PathBuf,
     pub pages: u64,
     inline: bool,
-    volume: Option<Volume>,
-    files: Option<Files>,
+    volumes: Vec<Volume>,
+    files: Vec<Files>,
+    nodes: usize,
+    /// The node that the next operation is for.
+    pub now: usize,
     pub bytes: Vec<u8>,
     pub maps: Maps,
     /// What the other file must hold; its size never changes.
@@ -109,15 +119,17 @@ pub const PAGE: u64 = 4096;
 pub type Outcome = Result<(), String>;
 
 impl Machine {
-    fn new(dir: &Path, program: &Program) -> Result<Self, Mismatch> {
+    fn new(dir: &Path, program: &Program, nodes: usize) -> Result<Self, Mismatch> {
         let other = Self::pattern(0, SIZE_MAX / 2, 5);
         std::fs::write(dir.join(OTHER), &other).unwrap();
         let mut machine = Self {
             dir: dir.to_path_buf(),
             pages: program.pages,
             inline: program.inline,
-            volume: None,
-            files: None,
+            volumes: Vec::new(),
+            files: Vec::new(),
+            nodes,
+            now: 0,
             bytes: Vec::new(),
             maps: Maps::default(),
             other,
@@ -128,6 +140,8 @@ impl Machine {
 
     fn run(mut self, program: &Program) -> Result<(), Mismatch> {
         for (index, &op) in program.ops.iter().enumerate() {
+            // Odd steps of different lengths: every pair of nodes comes one after the other, and each twice in a row.
+            self.now = (index * 7 + index / 5) % self.nodes;
             self.step(op, index)
                 .and_then(|()| self.check_size())
                 .map_err(|saw| Mismatch { op: index, saw })?;
@@ -173,7 +187,8 @@ impl Machine {
     }
 
     pub fn files(&self) -> &Files {
-        self.files.as_ref().expect("open from `mount` to `unmount`")
+        let files = self.files.get(self.now);
+        files.expect("open from `mount` to `unmount`")
     }
 
     pub fn delivery(&self) -> Delivery {
@@ -185,40 +200,55 @@ impl Machine {
     }
 
     fn mount(&mut self) -> Outcome {
-        let volume = Volume::builder()
-            .memory(self.pages * PAGE)
-            .open_dir(&self.dir);
-        self.volume = Some(said("open_dir", volume)?);
+        let service = Local::new();
+        for node in 0..self.nodes {
+            let mut builder = Volume::builder().memory(self.pages * PAGE);
+            if self.nodes > 1 {
+                let options = Options {
+                    hold: Duration::ZERO,
+                    ..Options::default()
+                };
+                let space = Space::join(&service, &node.to_string(), options);
+                builder = builder.glocks(Arc::new(space.map_err(|error| error.to_string())?));
+            }
+            self.volumes
+                .push(said("open_dir", builder.open_dir(&self.dir))?);
+        }
         self.open()
     }
 
     fn open(&mut self) -> Outcome {
-        self.files = None;
-        let volume = self.volume.as_ref().expect("mounted");
+        self.files.clear();
+        for volume in &self.volumes {
+            self.files.push(Self::open_on(volume)?);
+        }
+        Ok(())
+    }
+
+    fn open_on(volume: &Volume) -> Result<Files, String> {
         let options = OpenOptions::new().read(true).write(true).create(true);
         let open = |options: OpenOptions| said("open", volume.open(NAME, &options));
-        self.files = Some(Files {
+        Ok(Files {
             other: said("open", volume.open(OTHER, &options))?,
             buffered: Arc::new(open(options)?),
             appending: open(options.append(true))?,
             direct: Arc::new(open(options.direct(true))?),
-        });
-        Ok(())
+        })
     }
 
     fn unmount(&mut self) -> Outcome {
         self.maps = Maps::default();
-        self.files = None;
-        let Some(volume) = self.volume.take() else {
-            return Ok(());
-        };
-        let counts = volume.statistics().cache;
-        same(
-            "pins given back",
-            counts.foll_pin_released,
-            counts.foll_pin_acquired,
-        )?;
-        said("close", volume.close())
+        self.files.clear();
+        for volume in self.volumes.drain(..) {
+            let counts = volume.statistics().cache;
+            same(
+                "pins given back",
+                counts.foll_pin_released,
+                counts.foll_pin_acquired,
+            )?;
+            said("close", volume.close())?;
+        }
+        Ok(())
     }
 
     fn remount(&mut self) -> Outcome {
@@ -519,7 +549,7 @@ impl Machine {
     }
 
     fn check_size(&self) -> Outcome {
-        match &self.files {
+        match self.files.get(self.now) {
             Some(files) => same("size", files.buffered.len(), self.bytes.len() as u64),
             None => Ok(()),
         }
@@ -547,7 +577,7 @@ impl Machine {
     fn check_stored(&self) -> Outcome {
         let stored = std::fs::read(self.dir.join(NAME)).map_err(|error| error.to_string())?;
         self.compare("stored", 0, &stored, SIZE_MAX * 2)?;
-        if self.files.is_some() {
+        if !self.files.is_empty() {
             return Ok(());
         }
         let other = std::fs::read(self.dir.join(OTHER)).map_err(|error| error.to_string())?;

@@ -15,6 +15,8 @@ use super::program::{Op, SIZE_MAX, Verb};
 /// One mapping, and which pages of the file it shows.
 pub struct Map {
     pub mapping: Mapping,
+    /// The node that made it.
+    pub node: usize,
     first: u64,
     live: Vec<bool>,
 }
@@ -34,6 +36,11 @@ impl Maps {
     /// Takes the mapping for stores out, to work on everything else beside it.
     pub fn take_shared(&mut self) -> Option<Map> {
         self.shared.take()
+    }
+
+    /// Returns the node whose mapping for stores there is.
+    pub fn node(&self) -> Option<usize> {
+        self.shared.as_ref().map(|map| map.node)
     }
 
     pub fn put_shared(&mut self, map: Map) {
@@ -197,7 +204,11 @@ impl Machine {
             Verb::ReadOther => self.read_other(op),
             Verb::OtherWrites => self.other_writes(op),
             Verb::OtherReads => self.other_reads(op),
-            _ => self.mixed_step(op, tag),
+            _ => {
+                // Some keep memory pinned while they call: that keeps the file for the node.
+                self.now = self.maps.node().unwrap_or(self.now);
+                self.mixed_step(op, tag)
+            }
         }
     }
 
@@ -231,6 +242,7 @@ impl Machine {
             .or_else(|_| file.map(first * PAGE..end, &options));
         let map = Map {
             mapping: said("map", mapping)?,
+            node: self.now,
             first,
             live: vec![true; (end.div_ceil(PAGE) - first) as usize],
         };

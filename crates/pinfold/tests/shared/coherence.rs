@@ -131,6 +131,38 @@ fn names_that_another_node_changes_are_seen_at_once() {
     });
 }
 
+/// What git does on both sides: write a new file, and rename it over the name that others look for.
+#[test]
+fn a_name_that_two_nodes_replace_is_always_there_and_whole() {
+    watched(|| {
+        let rig = Rig::new();
+        let put = |node: usize, round: u8| {
+            let temporary = format!("new{node}");
+            let file = rig.open(node, &temporary);
+            let len = 1000 * (1 + usize::from(round) % 5);
+            file.write_at(&filled(len, round), 0).unwrap();
+            drop(file);
+            rig.nodes[node].rename(&temporary, "head").unwrap();
+        };
+        put(0, 0);
+        std::thread::scope(|scope| {
+            for node in 0..2 {
+                let (put, rig) = (&put, &rig);
+                scope.spawn(move || (1..40).for_each(|round| put(node, round)));
+                scope.spawn(move || {
+                    for _ in 0..40 {
+                        let options = OpenOptions::new().read(true);
+                        let file = rig.nodes[node].open("head", &options).unwrap();
+                        let seen = read(&file, 10_000, 0);
+                        let round = seen[0];
+                        same(seen, filled(1000 * (1 + usize::from(round) % 5), round));
+                    }
+                });
+            }
+        });
+    });
+}
+
 #[test]
 fn data_of_a_file_unlinked_elsewhere_outlives_its_writer() {
     watched(|| {
