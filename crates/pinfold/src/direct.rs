@@ -56,7 +56,9 @@ impl File {
         if cursor.count() == 0 {
             return Progress::complete(0);
         }
-        match self.inode().len_now("read") {
+        let inode = self.inode();
+        let known = inode.hold_uncached("read", Mode::Shared, how.nowait);
+        match known.map(|_held| inode.len()) {
             Ok(len) if offset < len => {}
             Ok(_) => return Progress::complete(0),
             Err(error) => return Progress::stopped(0, error),

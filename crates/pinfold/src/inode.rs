@@ -29,6 +29,8 @@ use crate::shared::Shared;
 const SIZE_UNASKED_MAX: u64 = 1 << 40;
 /// Granularity of the sizes that the store is asked about, so that a growing file asks rarely.
 const SIZE_ASK_STEP: u64 = 1 << 30;
+/// Passes over a file that is handed over; each visits what background write-back has failed with during the one before.
+const HAND_OVER_TRIES_MAX: u32 = 4;
 /// How long a page that another thread keeps pinned is waited for. Two threads that cut off what the other keeps would wait for
 /// each other; pins as long as a transfer, or a few, are let go long before.
 const KEPT_WAIT_MAX: Duration = Duration::from_secs(10);
@@ -472,14 +474,16 @@ impl Inode {
     /// # Errors
     /// What could not be stored: it is nowhere else.
     pub(crate) fn hand_over(&self) -> std::result::Result<(), Errno> {
-        let written = self.pages.write_back(0..u64::MAX, Mode::HandOver);
-        written.map_err(|error| error.errno)?;
-        if self.pages.is_dirty() {
-            // Stored by an earlier pass that failed, and by this one not at all.
-            return Err(Errno::EIO);
+        for _ in 0..HAND_OVER_TRIES_MAX {
+            let written = self.pages.write_back(0..u64::MAX, Mode::HandOver);
+            written.map_err(|error| error.errno)?;
+            if !self.pages.is_dirty() {
+                self.tell_times();
+                return Ok(());
+            }
+            // A background pass that ended meanwhile has failed with a page, which is dirty again.
         }
-        self.tell_times();
-        Ok(())
+        Err(Errno::EIO)
     }
 
     /// Takes over the size that other nodes left. The caller holds the glock; nothing is cached.

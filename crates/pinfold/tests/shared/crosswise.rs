@@ -1,12 +1,12 @@
 //! Calls of several nodes that each need what the other has: nothing waits in a circle, nothing stale is read.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Duration;
 
 use pinfold::testing::DeferredObject;
-use pinfold::{AlignedBuf, File, MapAccess, Object, Volume};
+use pinfold::{AlignedBuf, File, IovCursor, MapAccess, Object, Volume};
 
 use super::rig::{
     MEMORY, PAGE, Rig, both, bytes, bytes_mut, filled, map, read, rw, same, until, watched, word,
@@ -186,6 +186,90 @@ fn h6_faults_that_wait_for_glocks_do_not_keep_their_owners_from_giving_way() {
                     }
                 }
             });
+        }
+    });
+}
+
+/// H-8: both nodes have the file for reading and write to it at once: neither waits for the other to stop reading.
+#[test]
+fn h8_two_nodes_that_both_read_a_file_both_write_it() {
+    both(|delivery| {
+        let rig = Rig::new();
+        let files = rig.everywhere("f");
+        files[0].write_at(&filled(4 * PAGE, 1), 0).unwrap();
+        let maps = [0, 1].map(|node| map(&files[node], MapAccess::Write, delivery));
+        for round in 2..22u64 {
+            for node in 0..2 {
+                // SH on both, cached and mapped.
+                let _seen = word(&maps[node], 2 * PAGE).load(Ordering::SeqCst);
+                read(&files[node], 4 * PAGE, 0);
+            }
+            let start = Barrier::new(2);
+            thread::scope(|scope| {
+                for (node, map) in maps.iter().enumerate() {
+                    let (file, start) = (&files[node], &start);
+                    scope.spawn(move || {
+                        start.wait();
+                        if round % 2 == 0 {
+                            word(map, node * PAGE).store(round, Ordering::SeqCst);
+                        } else {
+                            let at = (node * PAGE) as u64;
+                            file.write_at(&round.to_ne_bytes(), at).unwrap();
+                        }
+                    });
+                }
+            });
+            for file in &files {
+                same(read(file, 8, 0), round.to_ne_bytes());
+                same(read(file, 8, PAGE as u64), round.to_ne_bytes());
+            }
+        }
+    });
+}
+
+/// H-10: two nodes rename between two directories, each in the other direction.
+#[test]
+fn h10_names_move_between_two_directories_in_both_directions() {
+    watched(|| {
+        let rig = Rig::new();
+        for dir in ["d", "e"] {
+            rig.nodes[0].create_dir(dir, 0o755).unwrap();
+        }
+        rig.open(0, "d/x");
+        rig.open(1, "e/y");
+        thread::scope(|scope| {
+            let moves = [("d/x", "e/x"), ("e/y", "d/y")];
+            for (volume, (there, back)) in rig.nodes.iter().zip(moves) {
+                scope.spawn(move || {
+                    for _ in 0..ROUNDS {
+                        volume.rename(there, back).unwrap();
+                        volume.rename(back, there).unwrap();
+                    }
+                });
+            }
+        });
+        assert!(rig.nodes[1].metadata("d/x").is_ok());
+        assert!(rig.nodes[0].metadata("e/y").is_ok());
+    });
+}
+
+/// H-11: a node lists where a file has bytes, into its own cold mapping of that file, while the other writes it.
+#[test]
+fn h11_records_of_a_file_are_stored_into_its_own_mapping() {
+    both(|delivery| {
+        let rig = Rig::new();
+        let files = rig.everywhere("f");
+        for page in 0..8 {
+            files[1].write_at(b"data", page * 4 * PAGE as u64).unwrap();
+        }
+        let own = map(&files[0], MapAccess::Write, delivery);
+        for round in 0..ROUNDS as u64 {
+            files[1]
+                .write_at(b"more", round % 8 * 4 * PAGE as u64)
+                .unwrap();
+            let mut into = IovCursor::from_mut_slice(bytes_mut(&own, PAGE, PAGE));
+            let found = files[0].extents(0..own.len() as u64, &mut into).unwrap();
+            assert!(found.records > 0);
         }
     });
 }
