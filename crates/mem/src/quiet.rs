@@ -65,6 +65,17 @@ impl Quiet {
     }
 }
 
+impl Quiet {
+    /// Keeps signals away whether the process has mappings or not: for starting threads, which have them kept away for good.
+    pub fn for_threads() -> Self {
+        Self {
+            before: block(),
+            noted: None,
+            _here: PhantomData,
+        }
+    }
+}
+
 impl Drop for Quiet {
     #[inline]
     fn drop(&mut self) {

@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use pinfold_base::Errno;
 use pinfold_cache::{Cache, CacheConfig, CacheSnapshot, MEMORY_MIN, PinSite};
 use pinfold_fault::{FaultSnapshot, Faults};
-use pinfold_lock::Space;
+use pinfold_lock::{LockService, Space};
 use pinfold_mem::{Privilege, Quiet, exit, faultin, uring};
 use pinfold_store::dir::namespace::{Namespace, OpenError};
 use pinfold_store::{Operation, StoreError, TimeLimit, TimeLimitSnapshot};
@@ -212,8 +212,27 @@ impl VolumeBuilder {
         self
     }
 
+    /// Joins a lock service as node `name` and makes the volume that node ([`VolumeBuilder::glocks`]).
+    ///
+    /// # Errors
+    /// [`ErrorKind::Glock`]: `EEXIST` for a name that is taken; what else the service refuses with.
+    pub fn join(
+        self,
+        service: &dyn LockService,
+        name: &str,
+        options: pinfold_lock::Options,
+    ) -> Result<Self> {
+        // A handler of the program that ran on one of the node's threads and faulted would wait for that thread.
+        let _quiet = Quiet::for_threads();
+        let space = Space::join(service, name, options).map_err(|error| {
+            Error::new("join as a node", ErrorKind::Glock(error.errno)).caused_by(error)
+        })?;
+        Ok(self.glocks(Arc::new(space)))
+    }
+
     /// Makes the volume one of several nodes that serve the same directory, in this process or elsewhere, as if they were one:
-    /// each file is used under its glock. `node` is this volume's alone; the nodes have one
+    /// each file is used under its glock. `node` is this volume's alone, joined where signals of the program are kept away from
+    /// its threads, or the program has no handler that touches mapped memory ([`VolumeBuilder::join`] sees to that); the nodes have one
     /// [`LockService`](crate::glocks::LockService), and it only these. What others do to the directory is noticed when a
     /// glock comes back at best.
     ///
@@ -229,15 +248,14 @@ impl VolumeBuilder {
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// # let scratch = tempfile::tempdir()?;
-    /// use pinfold::glocks::{Options, Space, service::local::Local};
+    /// use pinfold::glocks::{Options, service::local::Local};
     /// use pinfold::{OpenOptions, Volume};
-    /// use std::sync::Arc;
     ///
     /// let service = Local::new();
-    /// let open = |node| -> Result<Volume, Box<dyn std::error::Error>> {
-    ///     let space = Space::join(&service, node, Options::default())?;
-    ///     let volume = Volume::builder().memory(16 << 20).glocks(Arc::new(space));
-    ///     Ok(volume.open_dir(scratch.path())?)
+    /// let open = |node| {
+    ///     let volume = Volume::builder().memory(16 << 20);
+    ///     let volume = volume.join(&service, node, Options::default())?;
+    ///     volume.open_dir(scratch.path())
     /// };
     /// let (one, other) = (open("one")?, open("other")?);
     /// let options = OpenOptions::new().read(true).write(true).create(true);

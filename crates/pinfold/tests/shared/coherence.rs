@@ -190,6 +190,32 @@ fn a_volume_without_glocks_is_kept_out() {
     });
 }
 
+/// A handler of the program that faulted on top of such a thread would wait for it.
+#[test]
+fn threads_of_a_node_run_no_handler_of_the_program() {
+    watched(|| {
+        let _rig = Rig::new();
+        let mut seen = 0;
+        for task in std::fs::read_dir("/proc/self/task").unwrap() {
+            let status = task.unwrap().path().join("status");
+            // A thread of another test may have ended.
+            let Ok(status) = std::fs::read_to_string(status) else {
+                continue;
+            };
+            let field = |name: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(name));
+                line.unwrap().trim().to_owned()
+            };
+            if field("Name:").starts_with("glock-") {
+                let blocked = u64::from_str_radix(&field("SigBlk:"), 16).unwrap();
+                assert!(blocked & 1 << (libc::SIGUSR1 - 1) != 0, "{status}");
+                seen += 1;
+            }
+        }
+        assert!(seen >= 10, "two nodes have five threads each: {seen}");
+    });
+}
+
 #[test]
 fn nodes_that_end_leave_their_locks_to_the_others() {
     watched(|| {

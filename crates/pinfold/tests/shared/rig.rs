@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use pinfold::glocks::Options;
 use pinfold::glocks::service::local::Local;
-use pinfold::glocks::{LockService, Options, Space};
 use pinfold::{Delivery, File, MapAccess, MapOptions, Mapping, OpenOptions, Volume, VolumeBuilder};
 
 /// How long anything that is not stuck takes at most, however busy the machine.
@@ -50,9 +50,13 @@ impl Rig {
         let service = Local::new();
         let nodes = (0..nodes)
             .map(|node| {
-                let space = space(&service, &format!("node{node}"), hold);
+                let options = Options {
+                    hold,
+                    ..Options::default()
+                };
                 let builder = set(node, Volume::builder().memory(MEMORY));
-                builder.glocks(space).open_dir(dir.path()).unwrap()
+                let builder = builder.join(&service, &format!("node{node}"), options);
+                builder.unwrap().open_dir(dir.path()).unwrap()
             })
             .collect();
         Self {
@@ -81,14 +85,6 @@ impl Rig {
 
 pub fn rw() -> OpenOptions {
     OpenOptions::new().read(true).write(true).create(true)
-}
-
-pub fn space(service: &dyn LockService, name: &str, hold: Duration) -> Arc<Space> {
-    let options = Options {
-        hold,
-        ..Options::default()
-    };
-    Arc::new(Space::join(service, name, options).unwrap())
 }
 
 /// Runs a test in both deliveries of faults.

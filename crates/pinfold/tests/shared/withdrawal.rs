@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use pinfold::glocks::service::scripted::Scripted;
-use pinfold::glocks::{Clock, HandClock, Mode, Name, Options, Space, Time};
+use pinfold::glocks::{Clock, HandClock, Mode, Name, Options, Time};
 use pinfold::testing::{Action, DeferredObject, FaultyObject, On, Rule};
 use pinfold::{
     Delivery, Errno, ErrorKind, File, MapAccess, Mapping, Object, Volume, VolumeBuilder,
@@ -168,9 +168,9 @@ impl Alone {
             clock: Clock::Hand(clock.clone()),
             ..Options::default()
         };
-        let space = Space::join(&service, "a", options).unwrap();
         let volume = set(Volume::builder().memory(MEMORY))
-            .glocks(Arc::new(space))
+            .join(&service, "a", options)
+            .unwrap()
             .open_dir(dir.path())
             .unwrap();
         Self {
