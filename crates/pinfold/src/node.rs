@@ -699,6 +699,10 @@ impl Node {
         }
         let backing: Weak<dyn Backing> = Arc::downgrade(vnode) as Weak<dyn Backing>;
         let shared = vnode.shared().cloned();
+        if let Some(shared) = &shared {
+            let taken = stored.take_up(shared.glock.token().0);
+            taken.map_err(|error| failed("open")(error.errno))?;
+        }
         let inode = Inode::new(&tree.engine, stored, stat.size, backing, shared);
         vnode.record(&stat);
         Ok(vnode.data.get_or_init(|| Data {

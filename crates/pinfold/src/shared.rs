@@ -327,6 +327,11 @@ impl Object for Leased {
         self.inner.copies()
     }
 
+    fn take_up(&self, token: u64) -> StoreResult<()> {
+        self.check(Operation::TakeUp, 0, 0)?;
+        self.inner.take_up(token)
+    }
+
     fn read(&self, batch: Vec<Transfer>) {
         if let Some(batch) = self.check_batch(Operation::Read, batch) {
             self.inner.read(batch);

@@ -9,6 +9,7 @@
 mod shared {
     mod coherence;
     mod crosswise;
+    mod late;
     mod mapped;
     pub mod rig;
     mod storm;

@@ -27,6 +27,8 @@ pub enum Operation {
     Seek,
     /// Reading or changing attributes.
     Attributes,
+    /// Taking up a fencing token.
+    TakeUp,
 }
 
 /// A store's refusal: the operation, the range it concerned, and the number.
@@ -143,6 +145,23 @@ pub trait Object: Send + Sync + fmt::Debug {
     /// otherwise only the kernel touches it, and copes with memory that is not.
     fn copies(&self) -> bool {
         false
+    }
+
+    /// Takes up a fencing token: the right that this node has to the file from now on, asked for before anything is read or
+    /// written under it. Tokens of one file grow with each grant that could conflict with an earlier one, on whichever node.
+    ///
+    /// A store that compares them refuses from now on whatever this or another node's object sends that took up a smaller one,
+    /// and that was not done yet, with `ESTALE`: a write that comes late, of a node that stood still and does not know that it
+    /// lost its right, changes nothing. An object store does so by a condition on each put.
+    ///
+    /// What is not overridden compares nothing, as directories of a kernel filesystem: who shares them relies on the
+    /// node's own clock, and on whoever fences it.
+    ///
+    /// # Errors
+    /// `ESTALE` if a larger token was taken up; whatever the store says.
+    fn take_up(&self, token: u64) -> StoreResult<()> {
+        let _ = token;
+        Ok(())
     }
 
     /// Starts reads. Does not wait for them.

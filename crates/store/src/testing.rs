@@ -2,7 +2,7 @@
 //!
 //! *Owns*: [`MemoryObject`], and three that wrap any object: [`FaultyObject`] (errors, short transfers, delays by rule),
 //! [`DeferredObject`] (transfers wait until the test lets them go: a race becomes a script), [`CrashingObject`] (what was
-//! not synced may be lost); a watchdog.
+//! not synced may be lost), [`FencedObject`] (changes under an old token are refused); a watchdog.
 //!
 //! *Does not own*: anything a product path uses.
 //!
@@ -13,12 +13,14 @@
 mod crashing;
 mod deferred;
 mod faulty;
+mod fenced;
 mod memory;
 mod watchdog;
 
 pub use crashing::{CrashingObject, Survival};
 pub use deferred::{DeferredObject, Queued};
 pub use faulty::{Action, FaultyObject, On, Rule};
+pub use fenced::{FencedObject, Tokens};
 pub use memory::MemoryObject;
 pub use watchdog::within;
 

@@ -517,6 +517,12 @@ impl Object for TimedObject {
         true
     }
 
+    fn take_up(&self, token: u64) -> StoreResult<()> {
+        self.call(Operation::TakeUp, NOTHING, NOTHING, move |object| {
+            object.take_up(token)
+        })
+    }
+
     fn read(&self, batch: Vec<Transfer>) {
         for transfer in batch {
             self.transfer(Operation::Read, transfer);

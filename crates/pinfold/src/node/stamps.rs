@@ -175,6 +175,11 @@ impl Vnode {
         let Some(data) = self.data.get() else {
             return Ok(());
         };
+        if let Some(shared) = self.shared() {
+            // Before anything is read: what another node still has under way must not come after that.
+            let taken = data.inode.object().take_up(shared.glock.token().0);
+            taken.map_err(|error| error.errno)?;
+        }
         let quiet = data.watch.quiet();
         let stat = self.with(Handle::stat)?;
         data.inode.take_over(stat.size);

@@ -84,6 +84,10 @@ impl Object for Watched {
         self.inner.readable()
     }
 
+    fn take_up(&self, token: u64) -> StoreResult<()> {
+        self.inner.take_up(token)
+    }
+
     fn read(&self, batch: Vec<Transfer>) {
         self.inner.read(batch);
     }

@@ -256,6 +256,10 @@ impl Object for DeferredObject {
         self.inner.readable()
     }
 
+    fn take_up(&self, token: u64) -> StoreResult<()> {
+        self.inner.take_up(token)
+    }
+
     fn read(&self, batch: Vec<Transfer>) {
         for transfer in batch {
             self.hold(Operation::Read, transfer);

@@ -273,6 +273,10 @@ impl Object for FaultyObject {
         self.inner.readable()
     }
 
+    fn take_up(&self, token: u64) -> StoreResult<()> {
+        self.inner.take_up(token)
+    }
+
     fn read(&self, batch: Vec<Transfer>) {
         self.transfer(Operation::Read, batch);
     }

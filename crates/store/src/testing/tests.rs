@@ -237,3 +237,22 @@ fn a_sync_that_fails_below_loses_nothing_that_is_pending() {
     object.sync(SyncScope::Data).unwrap();
     assert_eq!(object.crash(Survival::Synced).unwrap().bytes(), b"abc");
 }
+
+#[test]
+fn changes_under_an_old_token_are_refused_and_counted() {
+    let memory: Arc<dyn Object> = MemoryObject::new();
+    let tokens = Arc::default();
+    let [one, other] = [0, 1].map(|_| FencedObject::new(Arc::clone(&memory), &tokens));
+    one.take_up(5).unwrap();
+    one.set_len(10).unwrap();
+    other.take_up(7).unwrap();
+    assert_eq!(one.set_len(20).unwrap_err().errno, Errno::ESTALE);
+    assert_eq!(one.punch(0..1).unwrap_err().errno, Errno::ESTALE);
+    assert_eq!(one.take_up(6).unwrap_err().errno, Errno::ESTALE);
+    assert_eq!((tokens.refused(), tokens.newest()), (2, 7));
+    assert_eq!(memory.len().unwrap(), 10);
+    other.set_len(30).unwrap();
+    one.take_up(8).unwrap();
+    one.set_len(40).unwrap();
+    assert_eq!(tokens.refused(), 2);
+}
