@@ -524,7 +524,8 @@ impl Node {
 
     /// Opens a file that was just created, through the descriptor that created it: its mode may allow no other.
     fn open_made(&self, options: &OpenOptions, fd: OwnedFd) -> Result<File> {
-        let data = self.data()?;
+        // It is about to be written to.
+        let data = self.data_under(Request::new(Mode::Exclusive))?;
         let access = options.access();
         let _life = self.0.life.lock();
         let adopted = data.object.adopt(fd, true, true);
@@ -666,12 +667,17 @@ impl Node {
 
     /// Returns the data side, made now if it is needed for the first time.
     fn data(&self) -> Result<&Data> {
+        self.data_under(Request::new(Mode::Shared).with(Flags::ANY))
+    }
+
+    /// As [`Node::data`]; made, it is made under that request for the file's glock.
+    fn data_under(&self, request: Request) -> Result<&Data> {
         if let Some(data) = self.0.data.get() {
             return Ok(data);
         }
         let vnode = &self.0;
         // The size that is read here is the one known under this hold.
-        let _held = vnode.hold_uncached("open")?;
+        let _held = vnode.hold_file("open", request)?;
         let _making = vnode.making.lock();
         if let Some(data) = vnode.data.get() {
             return Ok(data);
@@ -775,7 +781,7 @@ impl Vnode {
         if !self.tree.engine.process.is_current() {
             return Err(Error::new(operation, ErrorKind::Forked));
         }
-        let held = self.shared().map(|shared| shared.glock.lock(request));
+        let held = self.shared().map(|shared| shared.lock(request));
         held.transpose().map_err(|why| refused(operation, why))
     }
 

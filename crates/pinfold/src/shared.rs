@@ -63,9 +63,12 @@ impl fmt::Debug for Shared {
 }
 
 impl Shared {
-    /// Takes the glock. Nothing of the inode may be held but its lock.
-    pub(crate) fn lock(&self, mode: Mode, flags: Flags) -> std::result::Result<Guard<'_>, Refusal> {
-        self.glock.lock(Request::new(mode).with(flags))
+    /// Takes the glock, and asks the node's clock: one that is cached is granted also to a node that has slept past its lease
+    /// and does not know yet. Nothing of the inode may be held but its lock.
+    pub(crate) fn lock(&self, request: Request) -> std::result::Result<Guard<'_>, Refusal> {
+        let guard = self.glock.lock(request)?;
+        check(&self.space).map_err(Refusal::Failed)?;
+        Ok(guard)
     }
 }
 
@@ -150,7 +153,7 @@ impl Inode {
             return Ok(None);
         };
         let wait = if nowait { Flags::TRY } else { Flags::NONE };
-        let held = shared.lock(mode, Flags::ANY | wait);
+        let held = shared.lock(Request::new(mode).with(Flags::ANY | wait));
         held.map(Some).map_err(|why| refused(operation, why))
     }
 
@@ -161,7 +164,7 @@ impl Inode {
         mode: Mode,
         flags: Flags,
     ) -> std::result::Result<Hold<'a>, Refusal> {
-        let guard = shared.lock(mode, flags)?;
+        let guard = shared.lock(Request::new(mode).with(flags))?;
         if mode != Mode::Deferred {
             // No demotion runs beside a holder, so nobody closes it again meanwhile.
             self.pages().reopen();

@@ -212,6 +212,9 @@ fn h13_after_its_lease_a_node_uses_nothing_it_has_cached() {
             alone.granting(|| word(&mapped, 0).load(Ordering::SeqCst));
             assert!(readable(mapped.as_ptr()));
             alone.clock.advance(LEASE);
+            // Nothing is acknowledged that nobody will ever see.
+            let refused = file.write_at(b"late", 0).unwrap_err();
+            assert_eq!(refused.errno(), Errno::EIO);
             // Not one more transfer, even where the caller does not mind.
             let refused = file.sync_all().unwrap_err();
             assert_eq!(refused.errno(), Errno::EIO);
