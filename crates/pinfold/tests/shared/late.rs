@@ -10,7 +10,7 @@ use pinfold::glocks::service::scripted::Scripted;
 use pinfold::testing::{DeferredObject, FencedObject, Tokens};
 use pinfold::{Errno, Object, Volume};
 
-use super::rig::{MEMORY, PAGE, filled, read, rw, same, space, until, watched};
+use super::rig::{MEMORY, PAGE, filled, options, read, rw, same, until, watched};
 
 /// Two nodes that know nothing of each other: a script grants whatever either asks for, as a service does once it takes
 /// the one for dead that has the lock.
@@ -43,7 +43,8 @@ impl Apart {
             };
             Volume::builder()
                 .memory(MEMORY)
-                .glocks(space(&service, name, Duration::ZERO))
+                .join(&service, name, options(Duration::ZERO))
+                .unwrap()
                 .object_layer(Arc::new(layer))
                 .open_dir(dir.path())
                 .unwrap()

@@ -50,12 +50,8 @@ impl Rig {
         let service = Local::new();
         let nodes = (0..nodes)
             .map(|node| {
-                let options = Options {
-                    hold,
-                    ..Options::default()
-                };
                 let builder = set(node, Volume::builder().memory(MEMORY));
-                let builder = builder.join(&service, &format!("node{node}"), options);
+                let builder = builder.join(&service, &format!("node{node}"), options(hold));
                 builder.unwrap().open_dir(dir.path()).unwrap()
             })
             .collect();
@@ -85,6 +81,13 @@ impl Rig {
 
 pub fn rw() -> OpenOptions {
     OpenOptions::new().read(true).write(true).create(true)
+}
+
+pub fn options(hold: Duration) -> Options {
+    Options {
+        hold,
+        ..Options::default()
+    }
 }
 
 /// Runs a test in both deliveries of faults.
