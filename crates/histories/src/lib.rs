@@ -18,6 +18,7 @@
 //! ([`value_of`]). All processes stamp the begin and the end of their calls by one clock.
 
 pub mod check;
+pub mod namespace;
 pub mod node;
 pub mod place;
 pub mod record;

@@ -111,6 +111,15 @@ struct Run {
     /// What to leave out on purpose, of the locked files
     #[arg(long, value_enum, default_value_t = Plant::Nothing)]
     plant: Plant,
+    /// Give each node a network of its own, so that packets vanish when it is cut off; needs root
+    #[arg(long)]
+    namespaces: bool,
+    /// Have nodes pass for processes of different machines, which are not killed when they stand still; needs root
+    #[arg(long)]
+    elsewhere: bool,
+    /// Mounts of the directory, which the nodes use in turn
+    #[arg(long, value_delimiter = ',')]
+    mounts: Vec<PathBuf>,
     /// Keep the logs here
     #[arg(long)]
     logs: Option<PathBuf>,
@@ -174,6 +183,9 @@ fn start(asked: Run) -> anyhow::Result<ExitCode> {
             direct_every: asked.direct_every,
             burst: asked.burst,
         },
+        namespaces: asked.namespaces,
+        elsewhere: asked.elsewhere,
+        mounts: asked.mounts,
         logs: asked.logs,
         program: std::env::current_exe()?,
     })?;

@@ -9,8 +9,10 @@
 //! A node that ends, however, is begun anew with another number. When it could do nothing any more is known for sure
 //! once its process is gone; of one that stood still past its lease, when it was let go on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::io::Write;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -23,6 +25,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde::Serialize;
 
 use crate::check::{self, Death, History, Verdict};
+use crate::namespace::{ELSEWHERE, Namespace};
 use crate::node::{self, Control};
 use crate::record::{self, Call, End, Kind};
 use crate::servers::{Cut, Servers};
@@ -30,6 +33,9 @@ use crate::{Layout, PAGE, now, place};
 
 /// How long nodes may take to end when they are told to, and to begin.
 const PATIENCE: Duration = Duration::from_secs(180);
+
+/// How many times its time a run may take for each fault to come.
+const LONGER_MAX: u32 = 4;
 
 /// Calls that one thread's log has room for.
 const CALLS_MAX: u64 = 16 << 20;
@@ -48,7 +54,7 @@ pub enum Fault {
     Kill,
     /// SIGSTOP, in turn for less than the lease and past it, then SIGCONT.
     Pause,
-    /// No way to etcd for a while.
+    /// No way to etcd for a while, in turn for less than the lease and past it.
     Cut,
     /// etcd is killed and started again; all members at once.
     Restart,
@@ -83,6 +89,13 @@ pub struct Options {
     pub members: usize,
     /// Which calls.
     pub mix: node::Mix,
+    /// Whether each node has a network of its own, so that packets vanish when it is cut off; otherwise its connections are
+    /// ended and refused. Needs root.
+    pub namespaces: bool,
+    /// Whether nodes pass for processes of different machines: who stands still is not killed by the others. Needs root.
+    pub elsewhere: bool,
+    /// Where else the nodes find the files, in turn: mounts of the directory. They are made in the directory itself.
+    pub mounts: Vec<PathBuf>,
     /// Where logs are kept; nowhere if not given.
     pub logs: Option<PathBuf>,
     /// The program that does a node's work when called with `node` and its [`node::Spec`] on standard input.
@@ -114,6 +127,8 @@ pub struct Report {
 struct Slot {
     life: Option<Life>,
     lines: Vec<Cut>,
+    // After the lines that it carries.
+    network: Option<Namespace>,
     not_before: Instant,
 }
 
@@ -124,6 +139,24 @@ struct Life {
     paused: bool,
     /// When it was let go on after it had stood still past its lease.
     resumed: Option<u64>,
+}
+
+impl Slot {
+    fn cut(&self) -> anyhow::Result<()> {
+        if let Some(network) = &self.network {
+            return network.cut();
+        }
+        self.lines.iter().for_each(Cut::cut);
+        Ok(())
+    }
+
+    fn mend(&self) -> anyhow::Result<()> {
+        if let Some(network) = &self.network {
+            return network.mend();
+        }
+        self.lines.iter().for_each(Cut::mend);
+        Ok(())
+    }
 }
 
 impl Drop for Life {
@@ -137,7 +170,7 @@ impl Drop for Life {
 /// What has to be undone, and when.
 enum Undo {
     Resume { slot: usize, node: u32, past: bool },
-    Mend { slot: usize },
+    Mend { slot: usize, past: bool },
     Start { member: usize },
 }
 
@@ -152,7 +185,10 @@ struct Run<'a> {
     last: u32,
     /// Every life that did not end in good order, with the time it was gone and the time it was let go on.
     dead: Vec<(u32, u64, Option<u64>)>,
+    /// Whether the last pause, and the last cut, was for longer than the lease.
     past: bool,
+    injected: BTreeSet<Fault>,
+    long_cut: bool,
     report: Report,
 }
 
@@ -183,6 +219,8 @@ pub fn run(options: &Options) -> anyhow::Result<Report> {
         last: 0,
         dead: Vec::new(),
         past: false,
+        injected: BTreeSet::new(),
+        long_cut: false,
         report: Report::default(),
     };
     run.make_slots()?;
@@ -210,14 +248,18 @@ impl Run<'_> {
     fn make_slots(&mut self) -> anyhow::Result<()> {
         for _ in 0..self.options.nodes {
             let mut lines = Vec::new();
+            let network = self.options.namespaces.then(Namespace::new).transpose()?;
+            let near = network.as_ref().map(Namespace::address);
+            let near = near.unwrap_or(Ipv4Addr::LOCALHOST);
             if let Some(servers) = &self.servers {
                 for member in 0..servers.count() {
-                    lines.push(Cut::before(servers.endpoint(member))?);
+                    lines.push(Cut::before(servers.endpoint(member), near)?);
                 }
             }
             self.slots.push(Slot {
                 life: None,
                 lines,
+                network,
                 not_before: Instant::now(),
             });
         }
@@ -225,18 +267,18 @@ impl Run<'_> {
     }
 
     fn work(&mut self) -> anyhow::Result<()> {
-        let end = Instant::now() + self.options.time;
+        let begun = Instant::now();
         let mut faults = self.options.faults.clone();
         faults.shuffle(&mut self.random);
         let mut faults = faults.into_iter().cycle();
         let mut next = Instant::now() + self.options.every;
-        while Instant::now() < end && self.control.calls() < self.options.calls {
+        while !self.is_over(begun.elapsed()) {
             self.tend()?;
             self.undo_what_is_due(Instant::now())?;
             if Instant::now() >= next
                 && let Some(fault) = faults.next()
             {
-                self.inject(fault);
+                self.inject(fault)?;
                 next = Instant::now()
                     + self
                         .options
@@ -246,6 +288,15 @@ impl Run<'_> {
             std::thread::sleep(Duration::from_millis(5));
         }
         Ok(())
+    }
+
+    /// Tells whether it is time to end: not before each fault has come, unless that takes far too long.
+    fn is_over(&self, elapsed: Duration) -> bool {
+        let time = self.options.time;
+        let done = elapsed >= time || self.control.calls() >= self.options.calls;
+        let faults = &self.options.faults;
+        let all = faults.iter().all(|fault| self.injected.contains(fault));
+        (done && all) || elapsed >= time * LONGER_MAX
     }
 
     /// Starts nodes that are not there, and notes how others ended.
@@ -268,9 +319,10 @@ impl Run<'_> {
         if let Some(service) = place.service_mut() {
             service.endpoints = self.slots[at].lines.iter().map(Cut::endpoint).collect();
         }
+        let mut mounts = options.mounts.iter().cycle();
         let spec = node::Spec {
             place,
-            dir: options.dir.clone(),
+            dir: mounts.nth(at).unwrap_or(&options.dir).clone(),
             layout: options.layout,
             node: self.last,
             threads: options.threads,
@@ -279,7 +331,8 @@ impl Run<'_> {
             logs: self.logs.clone(),
             mix: options.mix,
         };
-        let mut child = Command::new(&options.program)
+        let mut child = self
+            .command(at)
             .arg("node")
             .stdin(Stdio::piped())
             .stderr(std::fs::File::create(
@@ -297,6 +350,25 @@ impl Run<'_> {
             paused: false,
             resumed: None,
         })
+    }
+
+    /// The command that makes a node, with what gives it a place of its own.
+    fn command(&self, at: usize) -> Command {
+        let network = self.slots[at].network.as_ref();
+        let mut words: Vec<OsString> = Vec::new();
+        words.extend(
+            network
+                .iter()
+                .flat_map(|network| network.enter())
+                .map(Into::into),
+        );
+        if self.options.elsewhere {
+            words.extend(ELSEWHERE.map(Into::into));
+        }
+        words.push(self.options.program.clone().into());
+        let mut command = Command::new(words.remove(0));
+        command.args(words);
+        command
     }
 
     /// Notes how a node ended, if it did.
@@ -342,7 +414,7 @@ impl Run<'_> {
         *self.report.reasons.entry(line).or_default() += 1;
     }
 
-    fn inject(&mut self, fault: Fault) {
+    fn inject(&mut self, fault: Fault) -> anyhow::Result<()> {
         let mut alive: Vec<usize> = (0..self.slots.len())
             .filter(|&at| {
                 let life = self.slots[at].life.as_ref();
@@ -351,7 +423,7 @@ impl Run<'_> {
             .collect();
         alive.shuffle(&mut self.random);
         let Some(&at) = alive.first() else {
-            return;
+            return Ok(());
         };
         let service = self.options.place.service().cloned().unwrap_or_default();
         let lease = Duration::from_millis(service.lease_ms.max(1000));
@@ -361,6 +433,7 @@ impl Run<'_> {
                 if let Some(life) = &mut self.slots[at].life {
                     // It may have ended by itself.
                     let _ = life.child.kill();
+                    self.injected.insert(fault);
                     self.count("kill");
                 }
             }
@@ -377,26 +450,23 @@ impl Run<'_> {
                         past: self.past,
                     };
                     self.undo.push((Instant::now() + time, resume));
-                    self.count(if self.past {
-                        "pause past the lease"
-                    } else {
-                        "short pause"
-                    });
                 }
             }
             Fault::Cut => {
-                let long = self.random.random_bool(0.6);
-                for line in &self.slots[at].lines {
-                    line.cut();
+                let is_cut =
+                    |(_, undo): &(_, Undo)| matches!(undo, Undo::Mend { slot, .. } if *slot == at);
+                if self.undo.iter().any(is_cut) {
+                    return Ok(());
                 }
+                self.long_cut = !self.long_cut;
+                let long = self.long_cut;
+                self.slots[at].cut()?;
                 let time = if long { past } else { lease / 4 };
-                let mend = Undo::Mend { slot: at };
+                let mend = Undo::Mend {
+                    slot: at,
+                    past: long,
+                };
                 self.undo.push((Instant::now() + time, mend));
-                self.count(if long {
-                    "cut past the lease"
-                } else {
-                    "short cut"
-                });
             }
             Fault::Restart | Fault::Member => {
                 let busy = self
@@ -404,7 +474,7 @@ impl Run<'_> {
                     .iter()
                     .any(|(_, undo)| matches!(undo, Undo::Start { .. }));
                 let Some(servers) = self.servers.as_mut().filter(|_| !busy) else {
-                    return;
+                    return Ok(());
                 };
                 let one = self.random.random_range(0..servers.count());
                 let members = if fault == Fault::Member {
@@ -422,6 +492,7 @@ impl Run<'_> {
                     self.undo
                         .push((Instant::now() + away, Undo::Start { member }));
                 }
+                self.injected.insert(fault);
                 self.count(if fault == Fault::Member {
                     "member of etcd lost"
                 } else {
@@ -429,11 +500,21 @@ impl Run<'_> {
                 });
             }
         }
+        Ok(())
     }
 
     /// How long a node is left alone after it was begun, so that each comes to do something.
     fn settled(&self) -> Duration {
         self.options.every / 2
+    }
+
+    /// Counts what is undone when its time has come, or earlier.
+    fn finished(&mut self, fault: Fault, past: bool, names: [&'static str; 2]) {
+        let [short, long] = names;
+        if past {
+            self.injected.insert(fault);
+        }
+        self.count(if past { long } else { short });
     }
 
     fn count(&mut self, fault: &'static str) {
@@ -457,8 +538,12 @@ impl Run<'_> {
                         life.paused = false;
                         signal(&life.child, Signal::CONT);
                     }
+                    self.finished(Fault::Pause, past, ["short pause", "pause past the lease"]);
                 }
-                Undo::Mend { slot } => self.slots[slot].lines.iter().for_each(Cut::mend),
+                Undo::Mend { slot, past } => {
+                    self.slots[slot].mend()?;
+                    self.finished(Fault::Cut, past, ["short cut", "cut past the lease"]);
+                }
                 Undo::Start { member } => {
                     if let Some(servers) = &mut self.servers {
                         servers.start_again(member)?;
@@ -490,7 +575,7 @@ impl Run<'_> {
     /// Lets what is paused go on, at once; it was not paused for as long as was meant.
     fn undo_early(&mut self) -> anyhow::Result<()> {
         for (_, undo) in &mut self.undo {
-            if let Undo::Resume { past, .. } = undo {
+            if let Undo::Resume { past, .. } | Undo::Mend { past, .. } = undo {
                 *past = false;
             }
         }

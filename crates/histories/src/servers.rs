@@ -9,7 +9,7 @@
 //! Needs the program `etcd` (Debian: etcd-server).
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -21,6 +21,9 @@ use parking_lot::Mutex;
 
 /// How long servers may take to begin on a busy machine.
 const START_MAX: Duration = Duration::from_secs(90);
+
+/// How often ports are looked for.
+const ATTEMPTS_MAX: usize = 5;
 
 /// Connections that a line carries at once.
 const STREAMS_MAX: usize = 256;
@@ -56,9 +59,31 @@ impl Servers {
     /// # Errors
     /// Servers that cannot be started, or do not answer.
     pub fn start(dir: &Path, members: usize) -> anyhow::Result<Self> {
+        // A connection of the machine's may take a port between the look at it and the server's: then others are taken.
+        for attempt in 0..ATTEMPTS_MAX {
+            let dir = dir.join(format!("etcd{attempt}"));
+            std::fs::create_dir_all(&dir)?;
+            let mut servers = Self::on_free_ports(dir, members)?;
+            for member in 0..servers.members.len() {
+                servers.start_again(member)?;
+            }
+            if servers.begin()? {
+                return Ok(servers);
+            }
+        }
+        bail!("etcd ends as soon as it is started")
+    }
+
+    fn on_free_ports(dir: PathBuf, members: usize) -> anyhow::Result<Self> {
         let host = own_host();
-        let port =
-            || -> anyhow::Result<u16> { Ok(TcpListener::bind((host, 0))?.local_addr()?.port()) };
+        let mut held = Vec::new();
+        let mut port = || -> anyhow::Result<u16> {
+            // Kept until all are found, so that they differ.
+            let listener = TcpListener::bind((host, 0))?;
+            let port = listener.local_addr()?.port();
+            held.push(listener);
+            Ok(port)
+        };
         let members = (0..members.max(1)).map(|_| {
             Ok(Member {
                 child: None,
@@ -66,22 +91,27 @@ impl Servers {
                 peer: port()?,
             })
         });
-        let mut servers = Self {
-            dir: dir.to_path_buf(),
-            host,
-            members: members.collect::<anyhow::Result<_>>()?,
-        };
-        for member in 0..servers.members.len() {
-            servers.start_again(member)?;
-        }
+        let members = members.collect::<anyhow::Result<_>>()?;
+        Ok(Self { dir, host, members })
+    }
+
+    /// Waits until all answer; false if one has ended.
+    fn begin(&mut self) -> anyhow::Result<bool> {
         let end = Instant::now() + START_MAX;
-        while !(0..servers.members.len()).all(|member| servers.answers(member)) {
+        while !(0..self.members.len()).all(|member| self.answers(member)) {
+            for member in &mut self.members {
+                if let Some(child) = &mut member.child
+                    && child.try_wait()?.is_some()
+                {
+                    return Ok(false);
+                }
+            }
             if Instant::now() > end {
                 bail!("etcd does not answer");
             }
             std::thread::sleep(Duration::from_millis(50));
         }
-        Ok(servers)
+        Ok(true)
     }
 
     /// Their number.
@@ -175,7 +205,7 @@ impl Drop for Servers {
 /// A port that leads to a server until it is cut.
 #[derive(Debug)]
 pub struct Cut {
-    port: u16,
+    near: SocketAddr,
     state: Arc<Mutex<State>>,
 }
 
@@ -186,13 +216,13 @@ struct State {
 }
 
 impl Cut {
-    /// Makes one before `to`.
+    /// Makes one before `to`, on an address of ours.
     ///
     /// # Errors
     /// What keeps it from being made.
-    pub fn before(to: String) -> anyhow::Result<Self> {
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        let port = listener.local_addr()?.port();
+    pub fn before(to: String, address: Ipv4Addr) -> anyhow::Result<Self> {
+        let listener = TcpListener::bind((address, 0))?;
+        let near = listener.local_addr()?;
         let state = Arc::new(Mutex::new(State::default()));
         let weak = Arc::downgrade(&state);
         // Ends with the process: nothing is lost if it waits in accept(2) until then.
@@ -210,13 +240,13 @@ impl Cut {
                     }
                 }
             })?;
-        Ok(Self { port, state })
+        Ok(Self { near, state })
     }
 
     /// Where it is.
     #[must_use]
     pub fn endpoint(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
+        self.near.to_string()
     }
 
     /// Ends all connections and takes no new ones.
