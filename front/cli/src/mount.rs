@@ -13,7 +13,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use pinfold::Volume;
 use pinfold::glocks::Space;
-use pinfold_fuse::{MountOptions, Mounted, Unmounted};
+use pinfold_fuse::{MountOptions, Mounted, Revoker, Unmounted};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::cluster::{self, Membership, Where};
@@ -117,8 +117,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         volume = volume.store_timeout(limit);
     }
     let node = cluster::join(&arguments.cluster, &arguments.membership, &place.dir)?;
-    if let Some((_, space)) = &node {
-        volume = volume.glocks(Arc::clone(space));
+    let revoker = node.as_ref().map(|_| Revoker::default());
+    if let (Some((_, space)), Some(revoker)) = (&node, &revoker) {
+        volume = volume.glocks(Arc::clone(space)).demoted(revoker.demoted());
     }
     let volume = volume.open_dir(&place.dir)?;
     let (tell, events) = channel();
@@ -129,7 +130,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode> {
         threads: arguments.threads,
         allow_other: arguments.allow_other,
         size_wait: None,
-        shared: node.is_some(),
+        shared: revoker,
     };
     let mounted = pinfold_fuse::mount(volume.root(), &place.mountpoint, &options, move || {
         // Nobody listens once the main thread is past its loop.

@@ -299,6 +299,48 @@ fn t62_record_locks_hold_between_mounts() {
     nodes.into_iter().for_each(Node::end);
 }
 
+/// Private mappings are the only pages of a shared mount that the kernel has; what another node changes is seen there
+/// sooner or later. Shared ones would have to show it at once, and are refused.
+#[test]
+fn a_private_mapping_does_not_show_old_contents_for_ever() {
+    const PROGRAM: &str = "
+import mmap, sys, time
+file = open('file', 'r+b')
+try:
+    mmap.mmap(file.fileno(), 0)
+    sys.exit('a shared mapping')
+except OSError as error:
+    assert error.errno == 19, error
+private = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+assert private[:3] == b'old', private[:3]
+print('mapped', flush=True)
+while private[:3] != b'new':
+    time.sleep(0.01)
+";
+    let place = Place::new();
+    if !is_there("python3") {
+        return;
+    }
+    let Some(nodes) = place.two() else { return };
+    fs::write(nodes[0].mnt.join("file"), "old").unwrap();
+    let mut program = Command::new("timeout")
+        .args([&LIMIT.as_secs().to_string(), "python3", "-c", PROGRAM])
+        .current_dir(&nodes[1].mnt)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = [0; 6];
+    program
+        .stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut said)
+        .unwrap();
+    fs::write(nodes[0].mnt.join("file"), "new").unwrap();
+    assert!(program.wait().unwrap().success());
+    nodes.into_iter().for_each(Node::end);
+}
+
 #[test]
 fn git_commits_from_two_mounts_make_one_history() {
     let place = Place::new();

@@ -148,6 +148,24 @@ impl Inodes {
             .is_some_and(|entry| entry.paged.load(Ordering::SeqCst))
     }
 
+    /// Returns the number of a file that the kernel may have pages of.
+    pub(crate) fn paged_number(&self, id: NodeId) -> Option<u64> {
+        let known = self.known.read();
+        let number = *known.numbers.get(&id)?;
+        let entry = known.by_number.get(&number)?;
+        entry.paged.load(Ordering::SeqCst).then_some(number)
+    }
+
+    /// Returns the numbers of all such files.
+    pub(crate) fn paged_numbers(&self) -> Vec<u64> {
+        let known = self.known.read();
+        let entries = known.by_number.iter();
+        entries
+            .filter(|(_, entry)| entry.paged.load(Ordering::SeqCst))
+            .map(|(&number, _)| number)
+            .collect()
+    }
+
     /// Tells whether what the kernel has cached of the file is its contents' present version, and notes that.
     pub(crate) fn still_cached(&self, number: u64, version: u64) -> bool {
         let mut known = self.known.write();

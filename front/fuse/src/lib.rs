@@ -25,8 +25,10 @@ mod locks;
 mod mount;
 mod opens;
 mod reply;
+mod revoker;
 mod server;
 
 pub use mount::{
     MountError, MountOptions, Mounted, THREADS_MAX, Unmounted, detach_stale, is_mount_point, mount,
 };
+pub use revoker::Revoker;

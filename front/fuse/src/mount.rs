@@ -18,9 +18,11 @@ use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::growth::{self, Settler};
+use crate::inodes::Inodes;
 use crate::invalidator::Invalidator;
 use crate::locks::Locks;
 use crate::reply::Device;
+use crate::revoker::Revoker;
 use crate::server::Server;
 
 mod table;
@@ -38,7 +40,7 @@ const FILESYSTEM: &str = "fuse.pinfold";
 const BUSY_STEP: Duration = Duration::from_millis(20);
 
 /// How a volume is mounted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct MountOptions {
     /// Threads that serve requests; default: two for each processor, 4 to 16. At most [`THREADS_MAX`].
     pub threads: Option<NonZeroUsize>,
@@ -48,9 +50,9 @@ pub struct MountOptions {
     /// How long a question for the size of a file waits for the call that makes it grow; then it is answered with a size that
     /// cannot be read up to until that call ends. Default: a second.
     pub size_wait: Option<Duration>,
-    /// Whether the volume has glocks, so that other nodes change its files too. Then the kernel caches neither contents nor
+    /// For a volume with glocks, whose files other nodes change too: whom it tells of demotions. Then the kernel caches neither contents nor
     /// names nor attributes, and shared mappings are refused (ENODEV); private ones show what the file was.
-    pub shared: bool,
+    pub shared: Option<Revoker>,
 }
 
 /// Why a volume could not be mounted.
@@ -122,9 +124,10 @@ pub fn mount(
     let device = Arc::new(Device::default());
     let invalidator = Arc::new(Invalidator::default());
     let settler = Arc::new(Settler::new(options.size_wait.unwrap_or(growth::WAIT)));
-    let locks = options.shared.then(Arc::<Locks>::default);
+    let locks = options.shared.is_some().then(Arc::<Locks>::default);
+    let inodes = Arc::new(Inodes::new(root));
     let server = Server::new(
-        root,
+        Arc::clone(&inodes),
         Arc::clone(&device),
         Arc::clone(&invalidator),
         Arc::clone(&settler),
@@ -153,9 +156,13 @@ pub fn mount(
         .start(session.notifier())
         .and_then(|()| settler.start(&session.notifier()))
         .and_then(|()| locks.as_ref().map_or(Ok(()), Locks::start))
+        .and_then(|()| match &options.shared {
+            Some(revoker) => revoker.start(&inodes, session.notifier()),
+            None => Ok(()),
+        })
         .map_err(MountError::NoThread)?;
     // The server's are the only ones left: their threads end with it.
-    drop((invalidator, settler, locks));
+    drop((invalidator, settler, locks, inodes));
     let serving = std::thread::Builder::new()
         .name("pinfold-fuse".into())
         .spawn(move || {

@@ -63,7 +63,7 @@ type Answer<T> = Result<T, Errno>;
 /// The filesystem as the protocol library sees it.
 #[derive(Debug)]
 pub(crate) struct Server {
-    inodes: Inodes,
+    inodes: Arc<Inodes>,
     files: Files,
     directories: Directories,
     device: Arc<Device>,
@@ -100,14 +100,14 @@ fn with_aligned<T>(len: usize, work: impl FnOnce(&mut [u8]) -> T) -> T {
 
 impl Server {
     pub(crate) fn new(
-        root: Node,
+        inodes: Arc<Inodes>,
         device: Arc<Device>,
         invalidator: Arc<Invalidator>,
         settler: Arc<Settler>,
         shared: Option<Arc<Locks>>,
     ) -> Self {
         Self {
-            inodes: Inodes::new(root),
+            inodes,
             files: Files::default(),
             directories: Directories::default(),
             device,
