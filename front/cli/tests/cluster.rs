@@ -217,6 +217,21 @@ fn what_one_mount_changes_the_other_has_at_once() {
         fs::remove_file(there.join(&name)).unwrap();
         assert_eq!(fs::read_dir(here).unwrap().count(), 0);
     }
+    // Files that stay open: no open and no close tells the kernel to look again.
+    let kept = [one, two].map(|mnt| {
+        let mut options = fs::OpenOptions::new();
+        let file = options.read(true).write(true).create(true);
+        file.open(mnt.join("kept")).unwrap()
+    });
+    for round in 0..20 {
+        let [here, there] = [&kept[round % 2], &kept[(round + 1) % 2]];
+        let byte = [b'a' + u8::try_from(round).unwrap()];
+        here.write_all_at(&byte, 0).unwrap();
+        let mut seen = [0];
+        there.read_exact_at(&mut seen, 0).unwrap();
+        assert_eq!(seen, byte);
+    }
+    drop(kept);
     nodes.into_iter().for_each(Node::end);
 }
 
