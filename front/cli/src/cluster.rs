@@ -30,7 +30,8 @@ const PREFIX: &str = "/pinfold";
 /// Which etcd, and how to get in.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Where {
-    /// The etcd that keeps the locks, and the volume's name in it: etcd://[USER@]HOST[:PORT][,HOST[:PORT]...]/VOLUME, or etcds:// for TLS
+    /// The etcd that keeps the locks, and the volume's name in it: etcd://HOST:PORT/VOLUME. Several servers are separated by
+    /// commas, a user's name ends in @, a port may be left out, and etcds:// asks for TLS
     #[arg(long, value_name = "URL")]
     cluster: Option<Url>,
 
