@@ -1,8 +1,8 @@
 //! What the tests of several nodes share.
 
 use std::os::fd::AsRawFd as _;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use pinfold::glocks::Options;
@@ -12,8 +12,21 @@ use pinfold::{Delivery, File, MapAccess, MapOptions, Mapping, OpenOptions, Volum
 /// How long anything that is not stuck takes at most, however busy the machine.
 const PATIENCE: Duration = Duration::from_secs(240);
 
+/// Makes a mapping that stays: the first of a process waits for calls under way, and other tests have some that take long.
+fn keep_a_mapping() {
+    static KEPT: OnceLock<Mapping> = OnceLock::new();
+    KEPT.get_or_init(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = Volume::builder().memory(MEMORY).open_dir(dir.path());
+        let file = volume.unwrap().open("f", &rw()).unwrap();
+        file.set_len(1).unwrap();
+        map(&file, MapAccess::Read, Delivery::Inline)
+    });
+}
+
 /// Runs a test; a hang ends the process.
 pub fn watched(test: impl FnOnce() + Send + 'static) {
+    keep_a_mapping();
     pinfold::testing::within(PATIENCE, test);
 }
 
