@@ -4,14 +4,19 @@
 //! has told it.
 //!
 //! *Does not own*: the transfers: a thread makes the same call that [`File::read_at`] or [`File::write_at`] would, so a direct
-//! write blocks fills of its range to its completion, not to its submission (D-9), and sizes only grow (C-4).
+//! write blocks fills of its range to its completion, not to its submission (D-9), and sizes only grow (C-4). A direct read that
+//! needs nobody's thread goes [straight](straight) to the store.
 //!
 //! *Locking*: the queue is a leaf; calls run with nothing held.
 //!
 //! ```text
 //!  submit ─► queued ─► running ─► done ─► told by wait
-//!              │ drop: never made  │ drop: ends by itself, its buffer with it
+//!     │        │ drop: never made  │ drop: ends by itself, its buffer with it
+//!     │        ▲                   ▲
+//!     '─► with the store: came to less, or to all of it
 //! ```
+
+mod straight;
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -21,13 +26,13 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 use pinfold_base::{Errno, Progress};
-use pinfold_mem::{Direction, IovCursor, quiet};
+use pinfold_mem::{Direction, IovCursor, Loan, quiet};
 
 use crate::error::{Error, Result};
 use crate::file::File;
 use crate::io::{Cancel, IoOptions};
 
-/// Calls of a volume that wait for a thread at most.
+/// Calls of a volume that wait for a thread, and reads that are with the store without one, at most.
 const QUEUE_MAX: usize = 1024;
 /// Threads that make calls at most: so many transfers of a volume are under way at once.
 const THREADS_MAX: usize = 16;
@@ -48,31 +53,70 @@ struct State {
     queue: VecDeque<Job>,
     threads: usize,
     idle: usize,
+    /// Reads that are with the store without a thread.
+    straight: usize,
+}
+
+impl State {
+    fn is_full(&self) -> bool {
+        self.queue.len() + self.straight >= QUEUE_MAX
+    }
 }
 
 impl Submitted {
     /// Queues a call.
     fn push(self: &Arc<Self>, job: Job) -> std::result::Result<(), Errno> {
         let mut state = self.state.lock();
-        if state.queue.len() >= QUEUE_MAX {
+        if state.is_full() {
             return Err(Errno::EAGAIN);
         }
-        if state.idle <= state.queue.len() && state.threads < THREADS_MAX {
-            let ours = Arc::clone(self);
-            let spawned = std::thread::Builder::new()
-                .name("pinfold-call".into())
-                .spawn(move || ours.serve());
-            match spawned {
-                Ok(_) => state.threads += 1,
-                // Those there are will come to it.
-                Err(_) if state.threads > 0 => {}
-                Err(_) => return Err(Errno::EAGAIN),
-            }
-        }
+        self.provide(&mut state)?;
         state.queue.push_back(job);
         drop(state);
         self.more.notify_one();
         Ok(())
+    }
+
+    /// Sees to it that there is a thread, and one more where all have enough to do.
+    fn provide(self: &Arc<Self>, state: &mut State) -> std::result::Result<(), Errno> {
+        if state.idle > state.queue.len() || state.threads >= THREADS_MAX {
+            return Ok(());
+        }
+        let ours = Arc::clone(self);
+        let spawned = std::thread::Builder::new()
+            .name("pinfold-call".into())
+            .spawn(move || ours.serve());
+        match spawned {
+            Ok(_) => state.threads += 1,
+            // Those there are will come to it.
+            Err(_) if state.threads > 0 => {}
+            Err(_) => return Err(Errno::EAGAIN),
+        }
+        Ok(())
+    }
+
+    /// Counts a read that goes to the store without a thread; false when there are too many calls. Until it is
+    /// [over](Self::end_straight) one thread at least is there for what may have to be done about it.
+    fn begin_straight(self: &Arc<Self>) -> bool {
+        let mut state = self.state.lock();
+        if state.is_full() || (state.threads == 0 && self.provide(&mut state).is_err()) {
+            return false;
+        }
+        state.straight += 1;
+        true
+    }
+
+    /// Ends such a read, with what is left to do about it. Does not wait, and takes it however many there are.
+    fn end_straight(self: &Arc<Self>, rest: Option<Job>) {
+        let mut state = self.state.lock();
+        if let Some(job) = rest {
+            // One thread is there: this read has kept it.
+            let _ = self.provide(&mut state);
+            state.queue.push_back(job);
+        }
+        state.straight -= 1;
+        drop(state);
+        self.more.notify_one();
     }
 
     /// Makes calls until there has been none for a while. The thread is nobody's to wait for: the last to let go of a
@@ -90,7 +134,8 @@ impl Submitted {
             state.idle += 1;
             let waited = self.more.wait_for(&mut state, IDLE);
             state.idle -= 1;
-            if waited.timed_out() && state.queue.is_empty() {
+            let needed = state.threads == 1 && state.straight > 0;
+            if waited.timed_out() && state.queue.is_empty() && !needed {
                 state.threads -= 1;
                 return;
             }
@@ -108,9 +153,36 @@ pub struct Completed<B> {
 }
 
 struct Call<B> {
-    outcome: Mutex<Option<Completed<B>>>,
+    outcome: Mutex<Option<Outcome<B>>>,
     done: Condvar,
     cancel: Cancel,
+}
+
+/// What a call came to, before it is told.
+enum Outcome<B> {
+    /// It was made by a thread.
+    Made(Completed<B>),
+    /// It went to the store straight, which may have the buffer for some microseconds yet.
+    Moved(Progress<Error>, Loan<B>),
+}
+
+impl<B> Outcome<B> {
+    fn completed(self) -> Completed<B> {
+        match self {
+            Self::Made(completed) => completed,
+            Self::Moved(progress, loan) => Completed {
+                progress,
+                buf: loan.take_back(),
+            },
+        }
+    }
+}
+
+impl<B> Call<B> {
+    fn tell(&self, outcome: Outcome<B>) {
+        *self.outcome.lock() = Some(outcome);
+        self.done.notify_all();
+    }
 }
 
 /// A call that was submitted.
@@ -146,8 +218,9 @@ impl<B> Pending<B> {
     pub fn wait(self) -> Completed<B> {
         let mut outcome = self.call.outcome.lock();
         loop {
-            if let Some(completed) = outcome.take() {
-                return completed;
+            if let Some(told) = outcome.take() {
+                drop(outcome);
+                return told.completed();
             }
             self.call.done.wait(&mut outcome);
         }
@@ -159,7 +232,7 @@ impl<B> Pending<B> {
     /// The call itself, when it has not ended yet.
     pub fn try_wait(self) -> std::result::Result<Completed<B>, Self> {
         let outcome = self.call.outcome.lock().take();
-        outcome.ok_or(self)
+        outcome.map(Outcome::completed).ok_or(self)
     }
 }
 
@@ -171,7 +244,8 @@ impl<B> Drop for Pending<B> {
 
 impl File {
     /// Reads at `offset` into `buf`, in another thread. Calls that are under way at once have no order; of direct reads and
-    /// writes of the same range the completion decides.
+    /// writes of the same range the completion decides. A direct read of whole blocks below the end of the file, of which nothing
+    /// newer is cached, takes no thread: of those as many are under way as are submitted, others go sixteen at a time.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -211,12 +285,7 @@ impl File {
         self.submit(Direction::Source, buf, offset)
     }
 
-    fn submit<B>(
-        self: &Arc<Self>,
-        direction: Direction,
-        mut buf: B,
-        offset: u64,
-    ) -> Result<Pending<B>>
+    fn submit<B>(self: &Arc<Self>, direction: Direction, buf: B, offset: u64) -> Result<Pending<B>>
     where
         B: AsMut<[u8]> + Send + 'static,
     {
@@ -230,31 +299,15 @@ impl File {
             done: Condvar::new(),
             cancel: Cancel::new(),
         });
-        let (file, theirs) = (Arc::clone(self), Arc::clone(&call));
-        let job = move || {
-            let how = IoOptions {
-                cancel: Some(&theirs.cancel),
-                ..IoOptions::default()
-            };
-            let made = || match (how.check_cancelled(), direction) {
-                (Err(error), _) => Progress::stopped(0, Error::cache(operation, error)),
-                (Ok(()), Direction::Target) => {
-                    let mut cursor = IovCursor::from_mut_slice(buf.as_mut());
-                    file.read_cursor(&mut cursor, offset, &how)
-                }
-                (Ok(()), Direction::Source) => {
-                    let mut cursor = IovCursor::from_slice(buf.as_mut());
-                    file.write_cursor(&mut cursor, offset, &how)
-                }
-            };
-            // A panic is this call's loss only: whoever waits for it, or for the next, must not wait for ever.
-            let progress = catch_unwind(AssertUnwindSafe(made))
-                .unwrap_or_else(|_| Progress::stopped(0, Error::invalid(operation, Errno::EIO)));
-            // The file is let go of before the call counts as ended: who waited may close the volume.
-            drop(file);
-            *theirs.outcome.lock() = Some(Completed { progress, buf });
-            theirs.done.notify_all();
+        let buf = match direction {
+            Direction::Target => match straight::begin(self, &call, buf, offset) {
+                Ok(()) => return Ok(Pending { call }),
+                Err(buf) => buf,
+            },
+            Direction::Source => buf,
         };
+        let (file, theirs) = (Arc::clone(self), Arc::clone(&call));
+        let job = move || make(file, direction, buf, offset, &theirs);
         self.inode()
             .engine()
             .submitted
@@ -262,4 +315,39 @@ impl File {
             .map_err(|errno| Error::invalid(operation, errno).at_path_of(self))?;
         Ok(Pending { call })
     }
+}
+
+/// Makes a call, in a thread of its own, and tells what it came to.
+fn make<B: AsMut<[u8]>>(
+    file: Arc<File>,
+    direction: Direction,
+    mut buf: B,
+    offset: u64,
+    call: &Call<B>,
+) {
+    let operation = match direction {
+        Direction::Target => "read",
+        Direction::Source => "write",
+    };
+    let how = IoOptions {
+        cancel: Some(&call.cancel),
+        ..IoOptions::default()
+    };
+    let made = || match (how.check_cancelled(), direction) {
+        (Err(error), _) => Progress::stopped(0, Error::cache(operation, error)),
+        (Ok(()), Direction::Target) => {
+            let mut cursor = IovCursor::from_mut_slice(buf.as_mut());
+            file.read_cursor(&mut cursor, offset, &how)
+        }
+        (Ok(()), Direction::Source) => {
+            let mut cursor = IovCursor::from_slice(buf.as_mut());
+            file.write_cursor(&mut cursor, offset, &how)
+        }
+    };
+    // A panic is this call's loss only: whoever waits for it, or for the next, must not wait for ever.
+    let progress = catch_unwind(AssertUnwindSafe(made))
+        .unwrap_or_else(|_| Progress::stopped(0, Error::invalid(operation, Errno::EIO)));
+    // The file is let go of before the call counts as ended: who waited may close the volume.
+    drop(file);
+    call.tell(Outcome::Made(Completed { progress, buf }));
 }

@@ -22,6 +22,7 @@ use super::scratch::{self, Offsets, PAGE, thread_time_ns};
 use super::stream;
 
 mod protocols;
+mod submitted;
 
 /// Bytes of the file that is moved to and from, and of the mapped file that serves as the buffer.
 const SIZE: u64 = 64 << 20;
@@ -48,6 +49,7 @@ pub(super) fn run(plan: &Plan) -> Result<Vec<Row>> {
     rows.extend(when_faults_are_taken(plan)?);
     rows.extend(prefaulting(plan)?);
     rows.extend(protocols::run(plan)?);
+    rows.extend(submitted::run(plan)?);
     Ok(rows)
 }
 
