@@ -14,7 +14,7 @@
 //!
 //! *Locking*: leaves only.
 //!
-//! Each page holds registers of eight bytes, and each write puts a value that no other write of the run puts
+//! Each page holds registers of eight bytes, each alone in a [slot](SLOT), and each write puts a value that no other write of the run puts
 //! ([`value_of`]). All processes stamp the begin and the end of their calls by one clock.
 
 pub mod check;
@@ -30,8 +30,14 @@ use serde::{Deserialize, Serialize};
 /// Size of a page, in bytes.
 pub const PAGE: usize = 4096;
 
-/// Where in a page its registers lie, in bytes: neighbours, one behind the middle, and the last word.
-pub const WORDS: [usize; 4] = [0, 8, 2048, 4088];
+/// What a small call moves, in bytes: a register and what is behind it, all of the same value.
+///
+/// Nobody promises that eight bytes that are read while they are written come out whole. Copies of this length are one move of
+/// the processor's, where it has such; shorter ones may be made byte by byte, and be interrupted between two.
+pub const SLOT: usize = 32;
+
+/// Where in a page its registers lie, in bytes: neighbours, one behind the middle, and the last.
+pub const WORDS: [usize; 4] = [0, SLOT, 2048, PAGE - SLOT];
 
 /// The files and pages of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::place::{self, Place};
 use crate::record::{End, Kind, Log, Open, Way};
-use crate::{Layout, PAGE, WORDS, now, value_of};
+use crate::{Layout, PAGE, SLOT, WORDS, now, value_of};
 
 /// Everything a node's process has to know.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -252,7 +252,7 @@ impl<'a> Worker<'a> {
                 for word in self.page.chunks_exact_mut(8) {
                     word.copy_from_slice(&value.to_ne_bytes());
                 }
-                let len = drawn.word.map_or(PAGE, |_| 8);
+                let len = drawn.word.map_or(PAGE, |_| SLOT);
                 let open = self.begin(drawn, value)?;
                 let bytes = self.page.get(..len).unwrap_or(&[]);
                 let done = self.place.put(drawn.way, drawn.file, at(drawn), bytes);
@@ -260,7 +260,7 @@ impl<'a> Worker<'a> {
             }
             Kind::Read => {
                 let open = self.begin(drawn, 0)?;
-                let len = drawn.word.map_or(PAGE, |_| 8);
+                let len = drawn.word.map_or(PAGE, |_| SLOT);
                 let bytes = self.page.get_mut(..len).unwrap_or(&mut []);
                 let done = self.place.get(drawn.way, drawn.file, at(drawn), bytes);
                 if done.is_ok() {

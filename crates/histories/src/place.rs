@@ -25,13 +25,13 @@ pub trait Place: Send + Sync {
     /// The ways that lead to this file.
     fn ways(&self, file: u32) -> &[Way];
 
-    /// Reads eight bytes or a page, which begin at byte `at`; mapped pages give their registers alone.
+    /// Reads a slot or a page, which begins at byte `at`; by a mapping, registers alone.
     ///
     /// # Errors
     /// What the call returns; the node is then done for.
     fn get(&self, way: Way, file: u32, at: u64, into: &mut [u8]) -> Result<(), Errno>;
 
-    /// Writes eight bytes or a page.
+    /// Writes a slot or a page.
     ///
     /// # Errors
     /// As [`Place::get`].
