@@ -25,7 +25,7 @@ const PAGE: u64 = 4096;
 /// Bytes that an owner pins at most: all of them together must leave room.
 const PINNED_MAX: usize = 2 * 4096;
 /// A round that takes so long hangs.
-const ROUND_MAX: Duration = Duration::from_secs(120);
+const ROUND_MAX: Duration = Duration::from_secs(240);
 
 struct Shared {
     file: File,

@@ -117,7 +117,7 @@ fn default_acls_override_the_umask() {
         return;
     }
     let script = format!(
-        "umask 077; setfacl -m u:1:r open && setfacl -d -m u::rwx,g::rwx,o::rx,u:1:rw open && echo x > open/f \
+        "umask 077; setfacl -m u:1:rx open && setfacl -d -m u::rwx,g::rwx,o::rx,u:1:rw open && echo x > open/f \
          && mkdir open/d && {SHOW} open/f open/d && getfacl -n open/f open/d && cat open/f"
     );
     for dir in [&fixture.plain, &fixture.mnt] {
