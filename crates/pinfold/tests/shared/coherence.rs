@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use pinfold::{AllocateMode, ErrorKind, OpenOptions, SetAttributes, SetTime, Volume};
 
-use super::rig::{MEMORY, PAGE, Rig, filled, read, rw, same, watched};
+use super::rig::{MEMORY, PAGE, Rig, filled, read, rw, same, until, watched};
 
 #[test]
 fn a_read_sees_what_another_node_wrote_before() {
@@ -195,24 +195,24 @@ fn a_volume_without_glocks_is_kept_out() {
 fn threads_of_a_node_run_no_handler_of_the_program() {
     watched(|| {
         let _rig = Rig::new();
-        let mut seen = 0;
-        for task in std::fs::read_dir("/proc/self/task").unwrap() {
-            let status = task.unwrap().path().join("status");
+        let field = |status: &str, name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            line.unwrap().trim().to_owned()
+        };
+        let glock_threads = || {
+            let tasks = std::fs::read_dir("/proc/self/task").unwrap();
             // A thread of another test may have ended.
-            let Ok(status) = std::fs::read_to_string(status) else {
-                continue;
-            };
-            let field = |name: &str| {
-                let line = status.lines().find_map(|line| line.strip_prefix(name));
-                line.unwrap().trim().to_owned()
-            };
-            if field("Name:").starts_with("glock-") {
-                let blocked = u64::from_str_radix(&field("SigBlk:"), 16).unwrap();
-                assert!(blocked & 1 << (libc::SIGUSR1 - 1) != 0, "{status}");
-                seen += 1;
-            }
+            let statuses = tasks
+                .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("status")).ok());
+            let ours = statuses.filter(|status| field(status, "Name:").starts_with("glock-"));
+            ours.collect::<Vec<String>>()
+        };
+        // Two nodes have five each, which name themselves when they come to run.
+        until(|| glock_threads().len() >= 10);
+        for status in glock_threads() {
+            let blocked = u64::from_str_radix(&field(&status, "SigBlk:"), 16).unwrap();
+            assert!(blocked & 1 << (libc::SIGUSR1 - 1) != 0, "{status}");
         }
-        assert!(seen >= 10, "two nodes have five threads each: {seen}");
     });
 }
 
