@@ -61,7 +61,7 @@ pub use file::{FilePages, Owner, Want};
 pub use folio::Folio;
 pub use gate::{BlockGuard, Gate};
 pub use lease::{Lease, PageRef};
-pub use map::{AROUND_MAX, Here, MapOutcome, MapTarget, ReverseMap};
+pub use map::{AROUND_MAX, Here, MapOutcome, MapTarget, ReverseMap, SIGNAL_MOVES_MAX};
 pub use pin::{Kept, PagePin, PinRefusal, PinSite};
 pub use readahead::{ReadAhead, Walks};
 pub use state::PinKind;

@@ -40,7 +40,7 @@ pub const AROUND_MAX: usize = 256;
 const RUN_MAX: usize = 64;
 /// Neighbours that move along with a fault served in a signal handler, which the program's other signals wait for: a tenth
 /// of a millisecond.
-const SIGNAL_MOVES_MAX: usize = 64;
+pub const SIGNAL_MOVES_MAX: usize = 64;
 
 /// One user mapping, while the cache serves a fault in it; implemented by `pinfold-fault`.
 ///
@@ -138,6 +138,9 @@ pub enum MapOutcome {
 pub struct Here<'a> {
     /// Neighbours that are installed with the page if they are cached.
     pub around: Range<u64>,
+    /// Of these, how many may move from the arena, which takes a copy each: [`SIGNAL_MOVES_MAX`] in a signal handler,
+    /// [`AROUND_MAX`] elsewhere.
+    pub moves: usize,
     /// The reading pattern to learn from. Reading ahead allocates: somebody else has been told to
     /// ([`Walks::note`](crate::Walks::note)).
     pub ahead: Option<&'a ReadAhead>,
@@ -333,6 +336,7 @@ impl FilePages {
     ) -> Option<MapOutcome> {
         let here = Here {
             around: page..page + 1,
+            moves: 0,
             ahead: None,
             store: false,
         };
@@ -350,7 +354,7 @@ impl FilePages {
         if page >= self.pages_end() {
             return Some(MapOutcome::BeyondEnd);
         }
-        let reach = Reach::new(page, SIGNAL_MOVES_MAX);
+        let reach = Reach::new(page, here.moves);
         let service = Service {
             target,
             access,
@@ -594,6 +598,9 @@ impl FilePages {
         let start = first.page();
         let mut run: SmallVec<[Moving<'_>; RUN_MAX]> = SmallVec::new();
         run.push(first);
+        if service.protect() {
+            self.fetch_look_ups(start + 1..around.end);
+        }
         // Neighbours are for reading, so they travel with a page that is.
         while service.protect() && run.len() < RUN_MAX {
             let page = start + run.len() as u64;

@@ -9,6 +9,7 @@
 //! *Locking*: waits with nothing but classes 1 to 4 held. Eviction takes folio locks by trying. Faults served in signal
 //! handlers make room as well: nothing is allocated or freed for up to [`RECLAIM_BATCH`] pages.
 
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use pinfold_mem::{Charge, Frame, FrameRun};
@@ -22,7 +23,7 @@ use crate::state::{DIRTY, LOCKED, PRESENT, UMAP_ASYNC, UPTODATE, USERS_MASK, WRI
 use crate::stores::{ASKED_MAX, runs_of};
 
 /// Pages freed at once when there is no room left.
-pub(crate) const RECLAIM_BATCH: usize = 32;
+pub(crate) const RECLAIM_BATCH: usize = 64;
 /// How long an allocation waits for write-back or other users before it gives up.
 const WAIT_MAX: Duration = Duration::from_secs(60);
 /// How often a waiting allocation looks again although nobody woke it.
@@ -32,12 +33,12 @@ const GRANULES_TRIED_MAX: usize = 4;
 /// The arena keeps at least this share of the budget: fills and writes need frames, however much is mapped.
 const ARENA_SHARE: usize = 8;
 
-/// Places in windows that are kept free, where the budget is large: fewer than this, and somebody makes room.
-const SPARE_MIN: usize = 16;
-/// As many are free then.
-const SPARE_ENOUGH: usize = 64;
-/// The least budget, in pages, of which so much is kept free.
-const SPARE_BUDGET_MIN: usize = 64 * SPARE_ENOUGH;
+/// The part of a budget that is kept free for pages on their way to windows: no more of them move together than that.
+const SPARE_SHARE: usize = 64;
+/// The least and the most of it. A walk maps up to 256 pages with one fault.
+const SPARE_PAGES: RangeInclusive<usize> = 64..=512;
+/// Fewer than such a part of it, and somebody makes room.
+const SPARE_LOW: usize = 4;
 
 impl Cache {
     /// Tells whether the next faults will have to evict before they are served, so that it is time for
@@ -45,15 +46,25 @@ impl Cache {
     #[must_use]
     pub fn is_short(&self) -> bool {
         self.slots.are_open()
-            && self.pages_max() >= SPARE_BUDGET_MIN
-            && self.arena.uncharged() < SPARE_MIN
+            && self
+                .spare_enough()
+                .is_some_and(|enough| self.arena.uncharged() < enough / SPARE_LOW)
+    }
+
+    /// Returns how many places are free once room was made; nothing is kept free of a small budget.
+    fn spare_enough(&self) -> Option<usize> {
+        let share = self.pages_max() / SPARE_SHARE;
+        (share >= *SPARE_PAGES.start()).then(|| share.min(*SPARE_PAGES.end()))
     }
 
     /// Evicts until a few places in windows are free: in the background, that faults need not wait for it.
     pub fn keep_spare(&self) {
-        let batches = SPARE_ENOUGH / self.reclaim_batch() + 1;
+        let Some(enough) = self.spare_enough() else {
+            return;
+        };
+        let batches = enough / self.reclaim_batch() + 1;
         for _ in 0..batches {
-            if !self.slots.are_open() || self.arena.uncharged() >= SPARE_ENOUGH {
+            if !self.slots.are_open() || self.arena.uncharged() >= enough {
                 return;
             }
             let mut saved = self.arena.no_charge();

@@ -11,7 +11,7 @@ mod rig;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-use pinfold_cache::{FilePages, Here, MapOutcome, Mode, ReadAhead};
+use pinfold_cache::{FilePages, Here, MapOutcome, Mode, ReadAhead, SIGNAL_MOVES_MAX};
 use pinfold_mem::{Access, UserMapKind};
 use pinfold_store::testing::MemoryObject;
 use program::Program;
@@ -89,6 +89,7 @@ fn t67_a_page_read_by_the_thread_that_faults_allocates_nothing_and_makes_its_own
                 // Odd, so that it comes to every page, and never to a neighbour.
                 at = (at + 77) % pages;
                 let here = Here {
+                    moves: SIGNAL_MOVES_MAX,
                     around: at - at % 16..at - at % 16 + 16,
                     ahead: Some(&ahead),
                     store: true,

@@ -71,6 +71,8 @@ pub struct Fault<'a> {
     pub access: Access,
     /// Pages that may be installed with it if they are cached.
     pub around: Range<u64>,
+    /// Of these, how many may move where nobody is waited for ([`Here::moves`](pinfold_cache::Here::moves)).
+    pub moves: usize,
     /// The reading pattern to learn from; none: nothing is read ahead.
     pub ahead: Option<&'a ReadAhead>,
     /// Where to install it.

@@ -17,9 +17,12 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use pinfold_base::{Errno, PAGE_SIZE};
-use pinfold_cache::{AROUND_MAX, CacheError, FilePages, MapOutcome, MapTarget, Walks};
+use pinfold_cache::{
+    AROUND_MAX, CacheError, FilePages, MapOutcome, MapTarget, SIGNAL_MOVES_MAX, Walks,
+};
 use pinfold_mem::{
-    Access, InstallStop, Installed, RawSpan, UserMap, UserMapKind, futex, window::WindowError,
+    Access, Delivery, InstallStop, Installed, RawSpan, UserMap, UserMapKind, futex,
+    window::WindowError,
 };
 use smallvec::{SmallVec, smallvec};
 
@@ -304,6 +307,11 @@ impl UserMapping {
                 access
             },
             around,
+            // A thread that reads events has no signals waiting for it, and each fault less saves it two changes of thread.
+            moves: match self.channel.delivery() {
+                Delivery::Inline => SIGNAL_MOVES_MAX,
+                Delivery::Handler => AROUND_MAX,
+            },
             ahead: (!random).then_some(walk),
             to: place,
         }

@@ -127,7 +127,7 @@ pub fn writev_spans(fd: BorrowedFd<'_>, head: &[u8], spans: &[IoSpan]) -> Result
 }
 
 /// Ranges advised on with one system call.
-pub(crate) const ADVISED_MAX: usize = 32;
+pub(crate) const ADVISED_MAX: usize = 64;
 /// `PIDFD_SELF`: no descriptor, which a child would inherit and mean its parent by.
 const PIDFD_SELF: libc::c_int = -10_000;
 

@@ -539,6 +539,7 @@ impl Inode {
         }
         let here = Here {
             around: fault.around.clone(),
+            moves: fault.moves,
             ahead: fault.ahead,
             store: false,
         };
@@ -581,6 +582,7 @@ impl FaultTarget for Inode {
         }
         let here = Here {
             around: fault.around.clone(),
+            moves: fault.moves,
             ahead: fault.ahead,
             store: may_read,
         };

@@ -71,9 +71,7 @@ impl FilePages {
         let (mut page, mut fetched) = (start, start);
         while page < end {
             if page >= fetched {
-                // Neighbours are hashed apart, and looked up one after the other: a wait for memory each otherwise.
-                fetched = end.min(page + RUN_MAX as u64);
-                (page..fetched).for_each(|page| self.cache().index.prefetch(self.key(page).hash()));
+                fetched = self.fetch_look_ups(page..end);
             }
             if !self.is_near(page) {
                 page += 1;
@@ -102,6 +100,14 @@ impl FilePages {
             // One that could neither be mapped nor moved is passed over.
             page += moved.max(1);
         }
+    }
+
+    /// Has the processor fetch what looking up the next neighbours needs; returns where it stopped. They are hashed apart, and
+    /// looked up one after the other: a wait for memory each otherwise.
+    pub(super) fn fetch_look_ups(&self, pages: Range<u64>) -> u64 {
+        let end = pages.end.min(pages.start + RUN_MAX as u64);
+        (pages.start..end).for_each(|page| self.cache().index.prefetch(self.key(page).hash()));
+        end
     }
 
     /// Tells at a glance whether a page is cached; one that moves just then may be overlooked.
