@@ -285,6 +285,11 @@ impl Filesystem for Server {
         // Only reads that a program waits for carry an owner: the others fill the kernel's pages.
         if lock_owner.is_none() {
             self.inodes.note_paged(number.0);
+            if self.shared.is_some() {
+                // Waits for a demotion under way, which has had the kernel's pages dropped already: bytes that are still
+                // cached here must not go back there. A later one waits for this page, which is locked meanwhile.
+                let _ = open.file().len();
+            }
         } else if flags.0 & libc::O_DIRECT != 0 {
             return self.read_direct(&open, offset, size, reply);
         }
