@@ -198,6 +198,7 @@ impl Log {
 pub fn read(path: &Path, calls: &mut Vec<Call>) -> anyhow::Result<()> {
     let name = || path.display().to_string();
     let file = File::open(path).with_context(name)?;
+    let empty = file.metadata().with_context(name)?.len() == 0;
     // What was not used is a hole: it is not read.
     let mut file = BufReader::with_capacity(1 << 20, file);
     let mut row = [0; ROW];
@@ -213,8 +214,12 @@ pub fn read(path: &Path, calls: &mut Vec<Call>) -> anyhow::Result<()> {
         }
         Ok(Some(words))
     };
-    let Some([MAGIC, node, ..]) = next()? else {
-        bail!("{} is no log", path.display());
+    let node = match next()? {
+        Some([MAGIC, node, ..]) => node,
+        // Of a process that was killed while it made the log: it has called nothing.
+        Some([0, ..]) => return Ok(()),
+        None if empty => return Ok(()),
+        _ => bail!("{} is no log", path.display()),
     };
     while let Some([what, value, start, end]) = next()?
         && what != 0
@@ -275,6 +280,11 @@ mod tests {
         assert_eq!(calls[0].node, 7);
         assert_eq!(calls[0].end, End::At(120));
         assert_eq!(calls[2].end, End::Never);
+        for unfinished in [&[][..], &[0; 96]] {
+            std::fs::write(&path, unfinished).unwrap();
+            read(&path, &mut calls).unwrap();
+            assert_eq!(calls.len(), 3);
+        }
         std::fs::write(&path, "not a log").unwrap();
         assert!(read(&path, &mut calls).is_err());
     }
