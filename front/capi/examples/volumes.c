@@ -9,6 +9,7 @@
 #endif
 
 #include <errno.h>
+#include <glob.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,6 +29,23 @@
     } while (0)
 
 #define FAILS(call, number) CHECK((errno = 0, (call) == -1) && errno == (number))
+
+static int has_thread(const char *wanted)
+{
+    glob_t found;
+    int is_there = 0;
+    CHECK(glob("/proc/self/task/*/comm", 0, NULL, &found) == 0);
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        char name[64] = "";
+        FILE *file = fopen(found.gl_pathv[i], "r");
+        if (file == NULL)
+            continue;
+        is_there |= fgets(name, sizeof name, file) && strncmp(name, wanted, strlen(wanted)) == 0;
+        fclose(file);
+    }
+    globfree(&found);
+    return is_there;
+}
 
 static void options(const char *dir)
 {
@@ -50,6 +68,15 @@ static void options(const char *dir)
     large.newer[3] = 0;
     struct pf_volume *volume = pf_volume_open(dir, &large.known);
     CHECK(volume != NULL);
+    CHECK(pf_volume_close(volume) == 0);
+    /* No answer takes so long; a thread watches the time from the first transfer on. */
+    struct pf_options limited = {.size = sizeof limited, .store_timeout_ms = 1000 * 1000};
+    CHECK(!has_thread("pinfold-limit"));
+    CHECK((volume = pf_volume_open(dir, &limited)) != NULL);
+    int fd = pf_open(volume, "limited", O_RDWR | O_CREAT, 0644);
+    CHECK(fd >= 0 && pf_write(fd, "x", 1) == 1 && pf_fsync(fd) == 0 && pf_close(fd) == 0);
+    CHECK(has_thread("pinfold-limit"));
+    CHECK(pf_unlink(volume, "limited") == 0);
     CHECK(pf_volume_close(volume) == 0);
     printf("options\n");
 }

@@ -80,8 +80,9 @@ struct pf_options {
   uint32_t dirty_age_ms;
   // PF_OPTION_ flags.
   uint32_t flags;
-  // 0.
-  uint32_t reserved;
+  // Milliseconds the directory's file system may take to answer before whoever waits for it gets EIO; 0 for no limit. Opening,
+  // looking up and changing names is not limited.
+  uint32_t store_timeout_ms;
 };
 
 // One counter of a volume.

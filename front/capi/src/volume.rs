@@ -38,8 +38,9 @@ pub struct Options {
     pub dirty_age_ms: u32,
     /// PF_OPTION_ flags.
     pub flags: u32,
-    /// 0.
-    pub reserved: u32,
+    /// Milliseconds the directory's file system may take to answer before whoever waits for it gets EIO; 0 for no limit. Opening,
+    /// looking up and changing names is not limited.
+    pub store_timeout_ms: u32,
 }
 
 // SAFETY: integers.
@@ -55,7 +56,7 @@ impl Options {
             background_interval_ms: 0,
             dirty_age_ms: 0,
             flags: 0,
-            reserved: 0,
+            store_timeout_ms: 0,
         }
     }
 }
@@ -226,7 +227,7 @@ unsafe fn options_of(from: *const Options) -> Outcome<Options> {
     }
     // SAFETY: our own array, at least as long as the structure.
     let options = unsafe { user::get(known.as_ptr().cast::<Options>()) }?;
-    if options.flags & !FLAGS_KNOWN != 0 || options.reserved != 0 {
+    if options.flags & !FLAGS_KNOWN != 0 {
         return refuse(Errno::EINVAL, "the options' flags");
     }
     Ok(options)
@@ -252,6 +253,9 @@ pub(crate) fn open(path: &Path, options: &Options) -> Outcome<*mut VolumeHandle>
     }
     if options.dirty_age_ms > 0 {
         builder = builder.dirty_age_max(ms(options.dirty_age_ms));
+    }
+    if options.store_timeout_ms > 0 {
+        builder = builder.store_timeout(ms(options.store_timeout_ms));
     }
     let volume = builder.open_dir(&real)?;
     let mut volumes = VOLUMES.write();

@@ -122,8 +122,9 @@ impl Volume {
     #[new]
     #[pyo3(signature = (
         path, memory = None, *, dirty_limit = None, dirty_age = None, io_uring = true,
-        retain_dirty_on_error = false
+        retain_dirty_on_error = false, store_timeout = None
     ))]
+    #[expect(clippy::too_many_arguments, reason = "keywords of Python's")]
     fn new(
         py: Python<'_>,
         path: PathArg,
@@ -132,6 +133,7 @@ impl Volume {
         dirty_age: Option<f64>,
         io_uring: bool,
         retain_dirty_on_error: bool,
+        store_timeout: Option<f64>,
     ) -> PyResult<Self> {
         let mut builder = pinfold::Volume::builder()
             .io_uring(io_uring)
@@ -144,6 +146,9 @@ impl Volume {
         }
         if let Some(age) = dirty_age {
             builder = builder.dirty_age_max(seconds(age)?);
+        }
+        if let Some(limit) = store_timeout {
+            builder = builder.store_timeout(seconds(limit)?);
         }
         let opened = py.detach(|| builder.open_dir(path.path()));
         let volume = opened.map_err(|error| raise(py, &error, Some(path.object())))?;

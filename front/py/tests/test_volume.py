@@ -87,6 +87,19 @@ def test_closing_writes_back_and_frees_the_directory(directory: Path, descriptor
     pinfold.Volume(directory, "1MiB").close()
 
 
+def test_a_limit_on_the_store_has_to_be_one(directory: Path) -> None:
+    for wrong in (-1, float("nan")):
+        with pytest.raises(ValueError, match="number of seconds"):
+            pinfold.Volume(directory, "1MiB", store_timeout=wrong)
+    with pytest.raises(OSError) as caught:
+        pinfold.Volume(directory, "1MiB", store_timeout=0)
+    assert caught.value.errno == errno.EINVAL
+    with pinfold.Volume(directory, "1MiB", store_timeout=1000) as volume:
+        with volume.open("f", "wb") as file:
+            file.write(b"in time")
+    assert (directory / "f").read_bytes() == b"in time"
+
+
 def test_a_closed_volume_says_so(directory: Path) -> None:
     volume = pinfold.Volume(directory, "1MiB")
     volume.close()

@@ -21,6 +21,7 @@ class Volume:
         dirty_age: float | None = None,
         io_uring: bool = True,
         retain_dirty_on_error: bool = False,
+        store_timeout: float | None = None,
     ) -> Volume: ...
     @property
     def path(self) -> Any: ...

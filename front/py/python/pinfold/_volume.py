@@ -24,7 +24,8 @@ class Volume(_native.Volume):
     `memory` is the budget for cached pages in bytes, an int or a str with a unit (powers of 1024), at least
     :data:`MEMORY_MIN`. `dirty_limit` says how much of it may wait to be written before writers are made to wait, half
     unless given; `dirty_age` after how many seconds it is written anyway, 5 unless given. Without `io_uring`, threads do
-    the transfers. With `retain_dirty_on_error`, data that could not be stored is kept for another try.
+    the transfers. With `retain_dirty_on_error`, data that could not be stored is kept for another try. With `store_timeout`,
+    what the directory's file system has not answered after so many seconds fails with EIO; names are not limited.
 
     Paths are looked up in the volume; a leading slash is its root. One process serves a directory at a time: elsewhere
     the same directory, one above and one below are refused (EBUSY) until this volume and its files are closed. After a
