@@ -338,51 +338,65 @@ impl Server {
         Ok(done as u32)
     }
 
-    /// Lists a directory; `add` takes an entry and tells whether the reply is full.
+    /// Lists a directory; `add` takes an entry.
+    ///
+    /// What could be listed before an error is told, and the error by the next request: the kernel has counted what it was told
+    /// of, and that request asks for names alone, as a rule, which may be had where attributes are not.
     fn list(
         &self,
         handle: FileHandle,
         offset: u64,
-        mut add: impl FnMut(&Node, &pinfold::DirEntry) -> bool,
+        mut add: impl FnMut(&Node, &pinfold::DirEntry) -> Answer<Added>,
     ) -> Answer<()> {
         let open = self.directories.get(handle.0).ok_or(Errno::EBADF)?;
         let mut directory = open.lock();
         let node = directory.node().clone();
         directory.seek(offset).map_err(refused)?;
-        while let Some(entry) = directory.peek().map_err(refused)? {
-            if add(&node, entry) {
-                break;
+        let mut told = false;
+        loop {
+            let added = match directory.peek() {
+                Ok(None) => return Ok(()),
+                Ok(Some(entry)) => add(&node, entry),
+                Err(error) => Err(refused(error)),
+            };
+            match added {
+                Ok(Added::Yes) => told = true,
+                Ok(Added::Gone) => {}
+                Ok(Added::Full) => return Ok(()),
+                // An answer without any entry would be the end of the directory.
+                Err(_) if told => return Ok(()),
+                Err(error) => return Err(error),
             }
             directory.advance();
         }
-        Ok(())
     }
 
-    /// Adds an entry with its attributes; tells whether the reply is full.
+    /// Adds an entry with its attributes.
     fn add_plus(
         &self,
         dir: &Node,
         entry: &pinfold::DirEntry,
         reply: &mut ReplyDirectoryPlus,
-    ) -> bool {
+    ) -> Answer<Added> {
         if entry.name == "." || entry.name == ".." {
             // The kernel takes the number and the kind only, and counts no telling.
-            let Ok(metadata) = dir.attributes() else {
-                return false;
-            };
+            let metadata = dir.attributes().map_err(refused)?;
             let attr = file_attr(entry.inode, &metadata);
-            return reply.add(
+            return Ok(Added::of(reply.add(
                 attr.ino,
                 entry.next,
                 &entry.name,
                 &self.valid(),
                 &attr,
                 Generation(0),
-            );
+            )));
         }
-        // An entry that is gone since the listing was read is left out, as if it had gone before.
-        let Ok((node, metadata)) = dir.lookup_attributes(&entry.name) else {
-            return false;
+        let (node, metadata) = match dir.lookup_attributes(&entry.name) {
+            Ok(found) => found,
+            // An entry that is gone since the listing was read is left out, as if it had gone before. Any other is there, and
+            // a listing without it would be wrong.
+            Err(error) if error.errno() == pinfold::Errno::ENOENT => return Ok(Added::Gone),
+            Err(error) => return Err(refused(error)),
         };
         let (attr, generation) = self.enter_with(&node, &metadata);
         let full = reply.add(
@@ -396,7 +410,22 @@ impl Server {
         if full {
             self.inodes.forget(attr.ino.0, 1);
         }
-        full
+        Ok(Added::of(full))
+    }
+}
+
+/// What became of an entry of a listing.
+enum Added {
+    Yes,
+    /// It is no entry any more.
+    Gone,
+    /// There was no room for it in the reply.
+    Full,
+}
+
+impl Added {
+    fn of(full: bool) -> Self {
+        if full { Self::Full } else { Self::Yes }
     }
 }
 

@@ -14,8 +14,8 @@ use fuser::{
 use pinfold::{AllocateMode, Kind, Seek, SetAttributes, SetXattr};
 
 use super::{
-    BACKGROUND_MAX, Server, TRANSFER_MAX, WANTED, allocate_mode, answer_empty, answer_xattr, owner,
-    refused, shown,
+    Added, BACKGROUND_MAX, Server, TRANSFER_MAX, WANTED, allocate_mode, answer_empty, answer_xattr,
+    owner, refused, shown,
 };
 use crate::attributes::{
     PERMISSIONS, absent, decode_device, file_attr, file_type, kind_of, set_time,
@@ -501,7 +501,8 @@ impl Filesystem for Server {
         let listed = self.list(handle, offset, |_, entry| {
             // Where the directory does not tell the kind, a wrong one would be worse than a guess that lstat corrects.
             let kind = file_type(entry.kind.unwrap_or(Kind::File));
-            reply.add(INodeNo(entry.inode), entry.next, kind, &entry.name)
+            let full = reply.add(INodeNo(entry.inode), entry.next, kind, &entry.name);
+            Ok(Added::of(full))
         });
         match listed {
             Ok(()) => reply.ok(),

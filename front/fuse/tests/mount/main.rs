@@ -8,6 +8,7 @@
 mod coherence;
 mod locks;
 mod names;
+mod nodes;
 mod oracle;
 mod others;
 mod support;
