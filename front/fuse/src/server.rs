@@ -143,13 +143,17 @@ impl Server {
     fn growing<T, E>(
         &self,
         (request, number, handle): (&Request, INodeNo, Option<FileHandle>),
-        (len, end): (u64, u64),
+        (len, end): (impl FnOnce() -> Result<u64, E>, u64),
         work: impl FnOnce() -> Result<T, E>,
         reached: impl FnOnce(&T) -> u64,
     ) -> Result<T, E> {
-        // Reads of shared files pass the kernel's idea of a size by.
-        let grows = end > len && self.shared.is_none();
-        let growth = grows.then(|| self.inodes.growth(number.0)).flatten();
+        if self.shared.is_some() {
+            // Reads of shared files pass the kernel's idea of a size by. Nor is one asked for: that would take the glock in
+            // SH, and `work` in EX right after, a second hand-over for each write of a contended file.
+            return work();
+        }
+        let len = len()?;
+        let growth = (end > len).then(|| self.inodes.growth(number.0)).flatten();
         let Some(growth) = growth else {
             return work();
         };
@@ -201,10 +205,10 @@ impl Server {
             // Through the handle where there is one: it may be open for writing where the mode no longer allows it.
             let open = handle.and_then(|handle| self.files.get(handle.0));
             let open = open.filter(|open| open.file().access().write);
-            let old = match &open {
-                _ if len == 0 => 0,
-                Some(open) => open.file().len(),
-                None => node.attributes().map_err(refused)?.len,
+            let old = || match &open {
+                _ if len == 0 => Ok(0),
+                Some(open) => Ok(open.file().len()),
+                None => node.attributes().map(|metadata| metadata.len),
             };
             let resize = SetAttributes {
                 len: Some(len),

@@ -336,7 +336,7 @@ impl Filesystem for Server {
         let outcome = self
             .growing(
                 (request, number, Some(handle)),
-                (open.file().len(), offset + data.len() as u64),
+                (|| Ok(open.file().len()), offset + data.len() as u64),
                 || self.write_data(&open, (offset, data), (direct, write_back, append)),
                 |&done| offset + done as u64,
             )
@@ -649,7 +649,7 @@ impl Filesystem for Server {
             };
             self.growing(
                 (request, number, Some(handle)),
-                (open.file().len(), reaches),
+                (|| Ok(open.file().len()), reaches),
                 || open.file().allocate(how, offset..end),
                 |()| reaches,
             )
@@ -708,7 +708,7 @@ impl Filesystem for Server {
             let end = offset_out.saturating_add(len);
             self.growing(
                 (request, number_out, Some(handle_out)),
-                (to.len(), end),
+                (|| Ok(to.len()), end),
                 || self.copy(from, to, (offset_in, offset_out), len),
                 |&done| offset_out + u64::from(done),
             )

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
@@ -11,7 +11,7 @@ use pinfold::glocks::service::{Events, Reply, Session, Token, Wait};
 use pinfold::glocks::{JoinError, LockService, Mode, Name, Options, Time};
 use pinfold_fuse::{MountOptions, Revoker};
 
-use crate::support::{Fixture, mounted_as};
+use crate::support::{Fixture, is_root, mounted_as};
 
 /// Grants what is asked for at once, but for inodes of which nothing is to be had.
 #[derive(Debug, Default, Clone)]
@@ -103,4 +103,28 @@ fn a_listing_has_the_names_of_which_attributes_are_not_to_be_had_or_fails() {
         }
         assert!(fs::metadata(fixture.mnt.join(&dir).join(refused)).is_err());
     }
+}
+
+#[test]
+fn a_write_to_a_shared_file_takes_its_glock_once() {
+    let Some(fixture) = node(&Grudging::default()) else {
+        return;
+    };
+    if !is_root() {
+        return;
+    }
+    let file = fs::File::create(fixture.mnt.join("f")).unwrap();
+    let inode = file.metadata().unwrap().ino();
+    let taken = || {
+        let reports = fixture.volume.glocks().unwrap().report();
+        let report = reports.iter().find(|report| report.name.number == inode);
+        report.unwrap().counts.queued
+    };
+    // The kernel may ask for attributes of its own accord, but not with each write.
+    let least = (0..8).map(|turn| {
+        let before = taken();
+        file.write_at(b"some bytes", turn * 10).unwrap();
+        taken() - before
+    });
+    assert_eq!(least.min(), Some(1));
 }
