@@ -468,10 +468,14 @@ impl Faults {
         };
         let channel = Arc::new(Channel::new(uffd));
         if delivery == Delivery::Handler {
-            for _ in 0..READERS {
+            for number in 0..READERS {
                 let (shared, source) = (Arc::clone(&self.shared), Arc::clone(&channel));
-                let handle = spawn("pinfold-events", move || shared.read_events(&source))?;
-                self.shared.threads.lock().handles.push(handle);
+                match spawn("pinfold-events", move || shared.read_events(&source)) {
+                    Ok(handle) => self.shared.threads.lock().handles.push(handle),
+                    // One does all the work. And without the channel nobody would ever tell those there are to end.
+                    Err(_) if number > 0 => break,
+                    Err(error) => return Err(error),
+                }
             }
         }
         channels.open.push(Arc::clone(&channel));
@@ -678,7 +682,10 @@ impl Placed {
 impl Drop for Placed {
     fn drop(&mut self) {
         if !self.faults.process.is_current() {
-            // Mappings are not inherited; at these addresses there may be something else by now.
+            // Mappings are not inherited; at these addresses there may be something else by now. Nor is the table left: a
+            // look-up that was under way at the fork would be waited for for ever.
+            std::mem::forget((Arc::clone(&self.mapping), Arc::clone(&self.faults)));
+            std::mem::forget((Arc::clone(&self.files), self.registration.lock().take()));
             return;
         }
         // A handler that faults would wait for the pool, which waits for the locks taken here.
@@ -708,6 +715,8 @@ impl Drop for Placed {
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, SetupError> {
+    #[cfg(all(test, not(loom)))]
+    tests::take_thread()?;
     let begin = move || {
         quiet::keep_signals_away();
         work();
@@ -717,3 +726,6 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<
         .spawn(begin)
         .map_err(|error| SetupError::Thread(Errno::from(error)))
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests;

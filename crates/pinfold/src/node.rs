@@ -593,6 +593,16 @@ impl Node {
 
 impl Drop for Vnode {
     fn drop(&mut self) {
+        if !self.tree.engine.process.is_current() {
+            // What would go with the last reference is the parent's: pages in windows, which both share, threads to wait
+            // for, locks that those may have held. So no reference is the last.
+            std::mem::forget((Arc::clone(&self.tree), Arc::clone(&self.handle)));
+            if let Some(data) = self.data.get() {
+                std::mem::forget((Arc::clone(&data.inode), Arc::clone(&data.object)));
+            }
+            std::mem::forget(self.shared.take());
+            return;
+        }
         if let Some(Some(shared)) = self.shared.get() {
             self.tree.retire(shared);
         }

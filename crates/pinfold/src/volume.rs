@@ -692,7 +692,9 @@ impl Shared {
 impl Drop for Shared {
     fn drop(&mut self) {
         if !self.engine.process.is_current() {
-            // Its threads and what it was about to store are the parent's.
+            // Its threads and what it was about to store are the parent's: nothing of it goes here.
+            std::mem::forget((Arc::clone(&self.tree), Arc::clone(&self.engine)));
+            std::mem::forget((Arc::clone(&self.faults), self.flusher.get_mut().take()));
             return;
         }
         let _quiet = Quiet::enter();

@@ -1,10 +1,14 @@
 //! Loads, stores, their way to the file and back.
 
-use pinfold::{Advice, Errno, MapAccess, MapOptions, OpenOptions, Tracking};
+use std::time::{Duration, Instant};
+
+use pinfold::{Advice, Errno, MapAccess, MapOptions, OpenOptions, Tracking, Volume};
 
 use super::rig::{PAGE, Rig, everywhere, load, pattern, store};
 
 const LEN: usize = 200 * PAGE + 100;
+/// Longer than a child takes to let go of something, however busy the machine; a few fit in the watchdog's time.
+const CHILD_MAX: Duration = Duration::from_secs(50);
 
 #[test]
 fn loads_see_the_files_bytes() {
@@ -287,5 +291,72 @@ fn a_forked_child_is_told_and_takes_nothing_from_its_parent() {
         file.sync_all().unwrap();
         let stored = std::fs::read(rig.dir.path().join("a")).unwrap();
         assert_eq!((stored[0], stored[PAGE]), (7, 8));
+    });
+}
+
+/// Has a forked child do `work` and end well. One that hangs is killed: it would be told from none that is slow.
+fn in_a_fork(work: impl FnOnce()) {
+    // SAFETY: the child lets go of what it has inherited, and ends; what that might wait for is what is tested.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        work();
+        // SAFETY: ends the child without unwinding.
+        unsafe { libc::_exit(7) };
+    }
+    let mut status = 0;
+    let begun = Instant::now();
+    // SAFETY: waits for our child.
+    while unsafe { libc::waitpid(child, &raw mut status, libc::WNOHANG) } == 0 {
+        if begun.elapsed() > CHILD_MAX {
+            // SAFETY: our child, not waited for yet.
+            unsafe { libc::kill(child, libc::SIGKILL) };
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(libc::WIFEXITED(status), "status {status:#x}");
+    assert_eq!(libc::WEXITSTATUS(status), 7);
+}
+
+#[test]
+fn a_child_that_lets_go_of_a_file_takes_no_page_of_it_from_its_parent() {
+    everywhere(|rig| {
+        // Never written to here: background write-back does not know it.
+        let expected = pattern(8 * PAGE, 1);
+        std::fs::write(rig.dir.path().join("a"), &expected).unwrap();
+        let file = rig.open("a");
+        let map = rig.map(&file, MapAccess::Read);
+        for page in 0..8 {
+            assert_eq!(load(&map, page * PAGE), expected[page * PAGE]);
+        }
+        // The pages stay in the memory that parent and child share; nothing but the open file keeps them.
+        drop(map);
+        rig.volume.remove_file("a").unwrap();
+        let mut file = Some(file);
+        in_a_fork(|| drop(file.take()));
+        let mut back = vec![0; 8 * PAGE];
+        let file = file.unwrap();
+        assert_eq!(file.read_at(&mut back, 0).unwrap(), back.len());
+        assert!(back == expected, "the child has dropped the parent's pages");
+    });
+}
+
+#[test]
+fn a_child_that_lets_go_of_a_volume_waits_for_none_of_its_threads() {
+    everywhere(|rig| {
+        let dir = tempfile::tempdir().unwrap();
+        // Never used, with nothing in memory but itself.
+        let mut volume = Some(Volume::builder().open_dir(dir.path()).unwrap());
+        in_a_fork(|| drop(volume.take()));
+        // And one that is gone, but for a file.
+        let file = rig.file("a", 3 * PAGE, 1);
+        let options = OpenOptions::new().read(true).write(true).create(true);
+        let mut left = Some(volume.as_ref().unwrap().open("b", &options).unwrap());
+        drop(volume);
+        in_a_fork(|| drop(left.take()));
+        let left = left.unwrap();
+        left.write_at(b"still", 0).unwrap();
+        left.sync_all().unwrap();
+        assert_eq!(std::fs::read(dir.path().join("b")).unwrap(), b"still");
+        assert_eq!(file.len(), 3 * PAGE as u64);
     });
 }
