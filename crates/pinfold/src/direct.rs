@@ -57,7 +57,8 @@ impl File {
             return Progress::complete(0);
         }
         let inode = self.inode();
-        let known = inode.hold_uncached("read", Mode::Shared, how.nowait);
+        // As for the transfer itself: SH would take DF away from other nodes, which do the same.
+        let known = inode.hold_uncached("read", Mode::Deferred, how.nowait);
         match known.map(|_held| inode.len()) {
             Ok(len) if offset < len => {}
             Ok(_) => return Progress::complete(0),

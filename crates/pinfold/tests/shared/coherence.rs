@@ -107,6 +107,37 @@ fn direct_and_buffered_calls_of_two_nodes_agree() {
     });
 }
 
+/// DF is shared: it changes nodes for none of the transfers that by-pass the cache and leave the size as it is.
+#[test]
+fn direct_reads_and_writes_of_two_nodes_keep_the_mode_they_share() {
+    watched(|| {
+        let rig = Rig::new();
+        let [a, b] = [0, 1].map(|node| rig.open_with(node, "f", &rw().direct(true)));
+        let mut buf = pinfold::AlignedBuf::zeroed(4 * PAGE);
+        let bytes = buf.as_mut_slice();
+        a.write_at(&bytes[..4 * PAGE], 0).unwrap();
+        let inode = a.node().id().inode;
+        let asked = || {
+            let reports = rig.nodes.iter().map(|node| node.glocks().unwrap().report());
+            let of_file = reports
+                .flatten()
+                .filter(|report| report.name.number == inode);
+            of_file.map(|report| report.counts.asked).sum::<u64>()
+        };
+        let mut before = None;
+        for round in 1..10u8 {
+            for (writer, reader) in [(&a, &b), (&b, &a)] {
+                bytes.fill(round);
+                assert_eq!(writer.write_at(&bytes[..PAGE], 0).unwrap(), PAGE);
+                bytes.fill(0);
+                assert_eq!(reader.read_at(&mut bytes[..PAGE], 0).unwrap(), PAGE);
+                same(&bytes[..PAGE], filled(PAGE, round));
+            }
+            assert_eq!(asked(), *before.get_or_insert_with(asked));
+        }
+    });
+}
+
 #[test]
 fn names_that_another_node_changes_are_seen_at_once() {
     watched(|| {
