@@ -1,7 +1,7 @@
 //! File transfers that complete asynchronously: io_uring, or threads where it is refused.
 //!
 //! *Owns*: the rings and their threads, the table of fixed buffers, short transfers and their continuation,
-//! transient refusals and their bounded retry.
+//! transient refusals and their bounded retry. Reads that those who wait for them reap have a queue of the kernel's own ([`Attended`]).
 //!
 //! *Does not own*: files (it keeps descriptors alive while they are in flight), alignment rules, what is cached.
 //!
@@ -47,8 +47,8 @@
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use pinfold_base::units::FILE_SIZE_MAX;
@@ -58,10 +58,13 @@ use smallvec::SmallVec;
 use crate::arena::Arena;
 use crate::span::Segments;
 
+mod attended;
 mod flight;
 mod inline;
 mod pool;
 mod ring;
+
+pub use attended::{ATTENDED_MAX, Attended};
 
 /// Pieces of one ring that are with the kernel at a time.
 pub const IN_FLIGHT_MAX: usize = if cfg!(test) { 16 } else { 256 };
@@ -226,6 +229,8 @@ pub struct Engine {
     backend: Backend,
     /// The addresses of the arena whose chunks may be registered.
     arena: Range<usize>,
+    /// Made for the first read that wants it; none where the kernel refuses it.
+    attended: OnceLock<Option<Arc<Attended>>>,
 }
 
 /// A way to the threads.
@@ -261,6 +266,7 @@ impl Engine {
                 let base = arena.base() as usize;
                 base..base + arena.bytes()
             }),
+            attended: OnceLock::new(),
         };
         let started = match config.backend {
             Some(Backend::Threads) => Err(Errno::ENOSYS),
@@ -352,6 +358,27 @@ impl Engine {
             Lane::Ring(inbox) => inbox.push(batch, &self.shared.counters),
             Lane::Pool(inbox) => inbox.push(batch),
         }
+    }
+
+    /// Starts a direct read of one span that somebody [attends](Attended) to: its completion runs in whatever thread reaps. It is
+    /// told what the kernel did at once, be that less than all, or an error that another try would not meet.
+    ///
+    /// # Errors
+    /// The request, where there is no such queue, or no room in it.
+    #[expect(
+        clippy::result_large_err,
+        reason = "the request itself, which goes the other way at once"
+    )]
+    pub fn read_attended(&self, request: Request) -> Result<Arc<Attended>, Request> {
+        let queue = self.attended.get_or_init(|| {
+            let made = Attended::new(Arc::clone(&self.shared));
+            made.ok().map(Arc::new)
+        });
+        let Some(queue) = queue else {
+            return Err(request);
+        };
+        queue.submit(request)?;
+        Ok(Arc::clone(queue))
     }
 
     /// Reads in the calling thread: for one small range that is awaited at once this is faster than a ring (see

@@ -522,13 +522,22 @@ fn write_locked(
     } else {
         past_cache(inode, offset, count, || {
             store(inode, cursor, |segments| {
-                object.write_wait(offset, segments)
+                write_bound(inode, offset, segments)
             })
         })
     };
     // At most the cursor's count.
     cursor.advance(moved.done as usize);
     moved
+}
+
+/// Writes what is lent, bound by RLIMIT_FSIZE where this process' binds writers.
+fn write_bound(inode: &Inode, offset: u64, segments: &Segments) -> Progress<StoreError> {
+    if inode.engine().file_size_limit {
+        inode.object().write_bound(offset, segments)
+    } else {
+        inode.object().write_wait(offset, segments)
+    }
 }
 
 /// Has `submit` store what the cursor names, as far as it can be lent at once; does not advance the cursor.

@@ -21,11 +21,13 @@ mod straight;
 use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use pinfold_base::{Errno, Progress};
+use pinfold_mem::uring::Attended;
 use pinfold_mem::{Direction, IovCursor, Loan, quiet};
 
 use crate::error::{Error, Result};
@@ -38,6 +40,8 @@ const QUEUE_MAX: usize = 1024;
 const THREADS_MAX: usize = 16;
 /// A thread that has had nothing to do for so long ends.
 const IDLE: Duration = Duration::from_secs(5);
+/// How often reads are looked after for which nobody waits.
+const LOOK_AFTER: Duration = Duration::from_millis(20);
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -46,6 +50,8 @@ type Job = Box<dyn FnOnce() + Send>;
 pub(crate) struct Submitted {
     state: Mutex<State>,
     more: Condvar,
+    /// Where reads without a thread are, of a store whose reads are reaped by those who wait.
+    queue: OnceLock<Arc<Attended>>,
 }
 
 #[derive(Default)]
@@ -55,6 +61,8 @@ struct State {
     idle: usize,
     /// Reads that are with the store without a thread.
     straight: usize,
+    /// A thread looks after them in case that nobody waits for them.
+    looked_after: bool,
 }
 
 impl State {
@@ -106,15 +114,25 @@ impl Submitted {
         true
     }
 
+    /// Has reads in `queue` looked after for which nobody waits: soon when a [`Pending`] is dropped, else within [`IDLE`].
+    fn look_after(&self, queue: &Arc<Attended>) {
+        self.queue.get_or_init(|| {
+            // A thread that idles already waits as if there were none.
+            self.more.notify_one();
+            Arc::clone(queue)
+        });
+    }
+
     /// Ends such a read, with what is left to do about it. Does not wait, and takes it however many there are.
     fn end_straight(self: &Arc<Self>, rest: Option<Job>) {
         let mut state = self.state.lock();
-        if let Some(job) = rest {
-            // One thread is there: this read has kept it.
-            let _ = self.provide(&mut state);
-            state.queue.push_back(job);
-        }
         state.straight -= 1;
+        let Some(job) = rest else {
+            return;
+        };
+        // One thread is there: this read has kept it.
+        let _ = self.provide(&mut state);
+        state.queue.push_back(job);
         drop(state);
         self.more.notify_one();
     }
@@ -132,6 +150,17 @@ impl Submitted {
                 continue;
             }
             state.idle += 1;
+            let attended = self.queue.get().filter(|_| state.straight > 0);
+            if let Some(queue) = attended.filter(|_| !state.looked_after) {
+                state.looked_after = true;
+                let waited = self.more.wait_for(&mut state, LOOK_AFTER);
+                if waited.timed_out() {
+                    MutexGuard::unlocked(&mut state, || queue.poll());
+                }
+                state.looked_after = false;
+                state.idle -= 1;
+                continue;
+            }
             let waited = self.more.wait_for(&mut state, IDLE);
             state.idle -= 1;
             let needed = state.threads == 1 && state.straight > 0;
@@ -156,6 +185,22 @@ struct Call<B> {
     outcome: Mutex<Option<Outcome<B>>>,
     done: Condvar,
     cancel: Cancel,
+    attendance: OnceLock<Attendance>,
+}
+
+/// A read whose end is asked for by who waits for it.
+struct Attendance {
+    queue: Arc<Attended>,
+    /// Set when it has been reaped.
+    over: Arc<AtomicBool>,
+    /// Who looks after it when nobody waits.
+    submitted: Arc<Submitted>,
+}
+
+impl Attendance {
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
 }
 
 /// What a call came to, before it is told.
@@ -179,6 +224,22 @@ impl<B> Outcome<B> {
 }
 
 impl<B> Call<B> {
+    /// Reaps what has ended if the call may be among it.
+    fn poll(&self) {
+        if let Some(attendance) = self.attendance.get()
+            && !attendance.is_over()
+        {
+            attendance.queue.poll();
+        }
+    }
+
+    /// Reaps until the call has been.
+    fn attend(&self) {
+        if let Some(attendance) = self.attendance.get() {
+            attendance.queue.wait_until(|| attendance.is_over());
+        }
+    }
+
     fn tell(&self, outcome: Outcome<B>) {
         *self.outcome.lock() = Some(outcome);
         self.done.notify_all();
@@ -206,6 +267,7 @@ impl<B> Pending<B> {
     /// Tells whether the call has ended: [`Pending::wait`] would not wait.
     #[must_use]
     pub fn is_done(&self) -> bool {
+        self.call.poll();
         self.call.outcome.lock().is_some()
     }
 
@@ -216,6 +278,7 @@ impl<B> Pending<B> {
 
     /// Waits until the call has ended.
     pub fn wait(self) -> Completed<B> {
+        self.call.attend();
         let mut outcome = self.call.outcome.lock();
         loop {
             if let Some(told) = outcome.take() {
@@ -231,6 +294,7 @@ impl<B> Pending<B> {
     /// # Errors
     /// The call itself, when it has not ended yet.
     pub fn try_wait(self) -> std::result::Result<Completed<B>, Self> {
+        self.call.poll();
         let outcome = self.call.outcome.lock().take();
         outcome.map(Outcome::completed).ok_or(self)
     }
@@ -239,6 +303,11 @@ impl<B> Pending<B> {
 impl<B> Drop for Pending<B> {
     fn drop(&mut self) {
         self.call.cancel.cancel();
+        if let Some(attendance) = self.call.attendance.get()
+            && !attendance.is_over()
+        {
+            attendance.submitted.more.notify_one();
+        }
     }
 }
 
@@ -298,6 +367,7 @@ impl File {
             outcome: Mutex::new(None),
             done: Condvar::new(),
             cancel: Cancel::new(),
+            attendance: OnceLock::new(),
         });
         let buf = match direction {
             Direction::Target => match straight::begin(self, &call, buf, offset) {

@@ -7,6 +7,8 @@
     reason = "mapped bytes are handed to calls as buffers, as programs do"
 )]
 
+#[path = "races/attended.rs"]
+mod attended;
 #[path = "races/cold.rs"]
 mod cold;
 #[path = "races/fdm.rs"]

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use pinfold_base::sync::{Condvar, Mutex};
 use pinfold_base::{Errno, Progress};
 use pinfold_mem::Segments;
+use pinfold_mem::uring::Attended;
 
 /// What a store was doing when it failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -170,6 +171,16 @@ pub trait Object: Send + Sync + fmt::Debug {
     /// Starts writes. Does not wait for them.
     fn write(&self, batch: Vec<Transfer>);
 
+    /// Starts a read whose completion may run in the thread that waits for it; does not wait. Returns the queue that has to be
+    /// [attended](Attended) to for that; `None` where the store sees to the completion by itself.
+    ///
+    /// In such a queue nothing is tried again: less than all, and an error number that another try would not meet, are as
+    /// good as nothing.
+    fn read_attended(&self, transfer: Transfer) -> Option<Arc<Attended>> {
+        self.read(vec![transfer]);
+        None
+    }
+
     /// Reads one range and waits, in the calling thread if that is cheaper than a completion.
     fn read_wait(&self, offset: u64, segments: &Segments) -> Progress<StoreError> {
         wait_for(|done| {
@@ -197,6 +208,12 @@ pub trait Object: Send + Sync + fmt::Debug {
                 done,
             }]);
         })
+    }
+
+    /// As [`write_wait`](Self::write_wait), for the program's own call: RLIMIT_FSIZE of this moment binds the calling thread, as
+    /// it does in pwrite(2). What is written for others, or later, must not meet it here.
+    fn write_bound(&self, offset: u64, segments: &Segments) -> Progress<StoreError> {
+        self.write_wait(offset, segments)
     }
 
     /// Returns the stored size in bytes.

@@ -23,7 +23,7 @@ use pinfold_cache::BlockGuard;
 use pinfold_mem::faultin::fault_in_cursor_mapped;
 use pinfold_mem::{IovCursor, PinStop};
 
-use super::{Stop, past_cache, pin_bytes_max, store};
+use super::{Stop, past_cache, pin_bytes_max, store, write_bound};
 use crate::inode::Inode;
 
 /// Times memory is brought in that is gone again when it is to be pinned.
@@ -64,7 +64,6 @@ fn write_round(
     offset: u64,
     blocked: &BlockGuard<'_>,
 ) -> Result<Progress<Stop>, Dropped> {
-    let object = inode.object();
     let window = cursor.count().min(pin_bytes_max(inode));
     for _ in 0..BRING_IN_MAX {
         // Tried first: what is there costs its pins, and no look at each page before.
@@ -74,7 +73,7 @@ fn write_round(
             if short.get() {
                 return Progress::complete(0);
             }
-            object.write_wait(offset, segments)
+            write_bound(inode, offset, segments)
         });
         let cold = moved.done == 0 && matches!(moved.stop, Some(Stop::Pin(PinStop::Cold)));
         if !cold && !short.get() {
@@ -93,6 +92,6 @@ fn write_round(
         }
     }
     Ok(store(inode, cursor, |segments| {
-        object.write_wait(offset, segments)
+        write_bound(inode, offset, segments)
     }))
 }

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use pinfold_base::Progress;
 use pinfold_mem::Segments;
+use pinfold_mem::uring::Attended;
 use pinfold_store::{
     Geometry, Object, Rearrange, Seek, StoreError, StoreResult, SyncScope, Transfer,
 };
@@ -109,6 +110,10 @@ impl Object for Watched {
         self.inner.write(noted.collect());
     }
 
+    fn read_attended(&self, transfer: Transfer) -> Option<Arc<Attended>> {
+        self.inner.read_attended(transfer)
+    }
+
     fn read_wait(&self, offset: u64, segments: &Segments) -> Progress<StoreError> {
         self.inner.read_wait(offset, segments)
     }
@@ -120,6 +125,11 @@ impl Object for Watched {
     fn write_wait(&self, offset: u64, segments: &Segments) -> Progress<StoreError> {
         let _change = self.watch.begin();
         self.inner.write_wait(offset, segments)
+    }
+
+    fn write_bound(&self, offset: u64, segments: &Segments) -> Progress<StoreError> {
+        let _change = self.watch.begin();
+        self.inner.write_bound(offset, segments)
     }
 
     fn len(&self) -> StoreResult<u64> {

@@ -1,7 +1,7 @@
 //! Direct reads that go to the store from the thread that submits them, many at a time and without a thread each.
 //!
-//! *Owns*: which reads may, and what their completions do, which run on a thread of the store's that must not wait: whatever
-//! might is left to a thread of the pool.
+//! *Owns*: which reads may, and what their completions do, which run on a thread of the store's, or of one who waits for
+//! another read, that must not wait: whatever might is left to a thread of the pool.
 //!
 //! *Does not own*: everything else, which is a call in the pool. Above all writes: one holds the inode's lock and blocks the
 //! gate to its completion (D-9), and both belong to the thread that took them.
@@ -10,12 +10,13 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use pinfold_base::{Errno, Progress, page_span};
 use pinfold_mem::{Direction, Loan, Segments, mapped};
 use pinfold_store::{StoreError, Transfer};
 
-use super::{Call, Job, Outcome, make};
+use super::{Attendance, Call, Job, Outcome, make};
 use crate::error::Error;
 use crate::file::File;
 use crate::inode::Inode;
@@ -49,16 +50,30 @@ where
         loan,
         offset,
     };
-    let submitted = Arc::clone(submitted);
-    let done = Box::new(move |moved| {
-        let rest = ended.judge(want, moved);
-        submitted.end_straight(rest);
-    });
-    inode.object().read(vec![Transfer {
+    let over = Arc::new(AtomicBool::new(false));
+    let done = {
+        let (submitted, over) = (Arc::clone(submitted), Arc::clone(&over));
+        Box::new(move |moved| {
+            // First: whoever waits need not reap any more, whatever comes of it.
+            over.store(true, Ordering::Release);
+            let rest = ended.judge(want, moved);
+            submitted.end_straight(rest);
+        })
+    };
+    let transfer = Transfer {
         offset,
         segments,
         done,
-    }]);
+    };
+    if let Some(queue) = inode.object().read_attended(transfer) {
+        submitted.look_after(&queue);
+        // Set once: each call is begun once.
+        let _ = call.attendance.set(Attendance {
+            queue,
+            over,
+            submitted: Arc::clone(submitted),
+        });
+    }
     Ok(())
 }
 
@@ -107,7 +122,11 @@ impl<B: AsMut<[u8]> + Send + 'static> Ended<B> {
         } = self;
         let short = match &moved.stop {
             None => moved.done < want,
-            Some(error) => error.errno == Errno::EFAULT,
+            // All but the first are a queue's that tries nothing again.
+            Some(error) => matches!(
+                error.errno,
+                Errno::EFAULT | Errno::EINVAL | Errno::EOPNOTSUPP | Errno::EAGAIN | Errno::EINTR
+            ),
         };
         if short {
             // A hole behind the end of the store's file, or memory that is bad in part: a call knows what to do.

@@ -34,7 +34,7 @@ use parking_lot::RwLock;
 use pinfold_base::{Errno, PAGE_SIZE, Progress};
 use pinfold_mem::Segments;
 use pinfold_mem::limits;
-use pinfold_mem::uring::{Engine, Op, Request};
+use pinfold_mem::uring::{Attended, Engine, Op, Request};
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom, Statx, Timespec, Timestamps};
 
 use crate::object::{
@@ -596,6 +596,41 @@ impl Object for DirObject {
         self.start(Op::Write, batch);
     }
 
+    fn read_attended(&self, transfer: Transfer) -> Option<Arc<Attended>> {
+        let direct = self.core.pair(Op::Read).and_then(|pair| {
+            let (offset, segments) = (transfer.offset, &transfer.segments);
+            let split = self.core.split(Op::Read, &pair, offset, segments);
+            let file = pair.direct.clone().filter(|_| split.is_direct())?;
+            Some((pair, file))
+        });
+        let Some((pair, file)) = direct else {
+            self.read(vec![transfer]);
+            return None;
+        };
+        let Transfer {
+            offset,
+            segments,
+            done,
+        } = transfer;
+        let len = segments.bytes() as u64;
+        let request = Request {
+            op: Op::Read,
+            file,
+            offset,
+            segments,
+            block: pair.block,
+            done: finish(Arc::clone(&self.core), Op::Read, offset, len, done),
+        };
+        match self.engine.read_attended(request) {
+            Ok(queue) => Some(queue),
+            Err(Request { segments, done, .. }) => {
+                let request = self.request(Op::Read, &pair, Way::Direct, offset, segments, done);
+                self.engine.submit([request]);
+                None
+            }
+        }
+    }
+
     fn read_wait(&self, offset: u64, segments: &Segments) -> Progress<StoreError> {
         if self.ring_is_cheaper(segments) {
             return wait_for(|done| {
@@ -630,6 +665,13 @@ impl Object for DirObject {
                     done,
                 }]);
             });
+        }
+        self.transfer_here(Op::Write, offset, segments)
+    }
+
+    fn write_bound(&self, offset: u64, segments: &Segments) -> Progress<StoreError> {
+        if self.ring_is_cheaper(segments) {
+            return self.write_wait(offset, segments);
         }
         self.transfer_here(Op::Write, offset, segments)
     }

@@ -94,6 +94,17 @@ impl Split {
         Self(SmallVec::from_iter([Part { start, end, way }]))
     }
 
+    /// Tells whether all of it goes direct.
+    pub fn is_direct(&self) -> bool {
+        matches!(
+            self.0[..],
+            [Part {
+                way: Way::Direct,
+                ..
+            }]
+        )
+    }
+
     pub fn parts(&self) -> &[Part] {
         &self.0
     }
