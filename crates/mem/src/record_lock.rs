@@ -1,11 +1,13 @@
-//! Record locks of an open file description (fcntl(2), F_OFD_SETLK): who owns them is a descriptor, not a process.
+//! Locks of an open file description, of records (fcntl(2), F_OFD_SETLK) and of the whole file (flock(2)): who owns them is a
+//! descriptor, not a process.
 
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use pinfold_base::Errno;
+use rustix::fs::FlockOperation;
 
-/// What a record lock keeps others from.
+/// What a lock keeps others from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RecordLock {
     /// Writing (F_RDLCK); shared.
@@ -29,6 +31,24 @@ pub fn set(
         Ok(()) => Ok(true),
         Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
         Err(errno) => Err(errno),
+    }
+}
+
+/// Puts a lock on the whole file, changes it, or takes the descriptor's off; waits for nobody. Whether it could be is returned;
+/// one that could not be changed is gone. Locks of records have nothing to do with it.
+///
+/// # Errors
+/// What flock(2) says.
+pub fn set_file(fd: BorrowedFd<'_>, lock: Option<RecordLock>) -> Result<bool, Errno> {
+    let operation = match lock {
+        Some(RecordLock::Read) => FlockOperation::NonBlockingLockShared,
+        Some(RecordLock::Write) => FlockOperation::NonBlockingLockExclusive,
+        None => FlockOperation::NonBlockingUnlock,
+    };
+    match rustix::fs::flock(fd, operation) {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+        Err(errno) => Err(Errno::from_raw(errno.raw_os_error())),
     }
 }
 
@@ -96,6 +116,29 @@ mod tests {
 
     use super::RecordLock::{Read, Write};
     use super::*;
+
+    #[test]
+    fn locks_of_a_file_are_others_than_those_of_all_its_records() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("f");
+        std::fs::write(&path, "").unwrap();
+        let open = || {
+            let mut options = std::fs::OpenOptions::new();
+            options.read(true).write(true).open(&path).unwrap()
+        };
+        let (a, b) = (open(), open());
+        let (a, b) = (a.as_fd(), b.as_fd());
+        assert_eq!(set_file(a, Some(Write)), Ok(true));
+        assert_eq!(set_file(b, Some(Read)), Ok(false));
+        assert_eq!(set(b, Some(Write), &(0..u64::MAX)), Ok(true));
+        assert_eq!(set_file(a, Some(Read)), Ok(true));
+        assert_eq!(set_file(b, Some(Read)), Ok(true));
+        assert_eq!(set_file(a, Some(Write)), Ok(false));
+        // What could not be changed is gone.
+        assert_eq!(set_file(b, Some(Write)), Ok(true));
+        assert_eq!(set_file(b, None), Ok(true));
+        assert_eq!(set_file(a, None), Ok(true));
+    }
 
     #[test]
     fn descriptors_own_locks_and_keep_each_other_out() {

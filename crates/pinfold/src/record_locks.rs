@@ -1,4 +1,5 @@
-//! Record locks on the store's file, for front ends whose programs' locks have to hold against other nodes' programs.
+//! Locks on the store's file, of records and of the whole, for front ends whose programs' locks have to hold against other
+//! nodes' programs.
 //!
 //! *Owns*: one owner's locks on one file.
 //!
@@ -13,7 +14,8 @@ use pinfold_mem::{Quiet, record_lock};
 
 use crate::error::{Error, Result};
 
-/// One owner's record locks on one file; dropping it gives them all back.
+/// One owner's locks on one file: of records (fcntl(2)), and beside those, which they have nothing to do with, of the whole
+/// (flock(2)). Dropping it gives them all back.
 #[derive(Debug)]
 pub struct RecordLocks(OwnedFd);
 
@@ -31,6 +33,16 @@ impl RecordLocks {
         let _quiet = Quiet::enter();
         record_lock::set(self.0.as_fd(), lock, range)
             .map_err(|errno| Error::invalid("lock records of", errno))
+    }
+
+    /// Puts a lock on the whole file as flock(2) does, changes it, or takes this owner's off; tells whether it could be done without
+    /// waiting. One that could not be changed is gone, as there.
+    ///
+    /// # Errors
+    /// What flock(2) says.
+    pub fn set_file(&self, lock: Option<RecordLock>) -> Result<bool> {
+        let _quiet = Quiet::enter();
+        record_lock::set_file(self.0.as_fd(), lock).map_err(|errno| Error::invalid("lock", errno))
     }
 
     /// Finds a lock of another owner that keeps `lock` from `range`.

@@ -9,6 +9,9 @@
 #[allow(dead_code, reason = "others use the rest")]
 mod server;
 
+#[path = "cluster/flock.rs"]
+mod flock;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
@@ -112,8 +115,18 @@ impl Place {
 
     /// Two nodes that live, however little of a busy machine they get.
     fn two(&self) -> Option<[Node; 2]> {
-        let one = self.mount("one", &["--lease", "600"])?;
-        let two = self.mount("two", &["--lease", "600"])?;
+        self.two_with(&[])
+    }
+
+    /// The same, that hand files over soon, for work that goes to and fro.
+    fn two_lively(&self) -> Option<[Node; 2]> {
+        self.two_with(&["--hold", "10"])
+    }
+
+    fn two_with(&self, options: &[&str]) -> Option<[Node; 2]> {
+        let options = [&["--lease", "600"], options].concat();
+        let one = self.mount("one", &options)?;
+        let two = self.mount("two", &options)?;
         Some([one, two])
     }
 }

@@ -36,12 +36,15 @@ impl Filesystem for Server {
                 tracing::debug!(?wanted, "the kernel cannot");
             }
         }
-        if self.shared.is_some()
-            && config
-                .add_capabilities(InitFlags::FUSE_POSIX_LOCKS)
-                .is_err()
-        {
-            tracing::warn!("record locks hold among the programs of this mount alone");
+        if self.shared.is_some() {
+            for (flag, whose) in [
+                (InitFlags::FUSE_POSIX_LOCKS, "fcntl"),
+                (InitFlags::FUSE_FLOCK_LOCKS, "flock"),
+            ] {
+                if config.add_capabilities(flag).is_err() {
+                    tracing::warn!("locks of {whose} hold among the programs of this mount alone");
+                }
+            }
         }
         // Refusals name the nearest value that would do; what stands then is a default that works.
         let _ = config.set_max_write(TRANSFER_MAX);
@@ -388,6 +391,9 @@ impl Filesystem for Server {
         if let Some(growth) = self.inodes.growth(number.0) {
             growth.close(handle.0);
         }
+        if let Some(locks) = &self.shared {
+            locks.close(number, handle.0);
+        }
         let closed = self.files.remove(handle.0);
         drop(closed);
         reply.ok();
@@ -397,7 +403,7 @@ impl Filesystem for Server {
         &self,
         _request: &Request,
         number: INodeNo,
-        _handle: FileHandle,
+        handle: FileHandle,
         owner: LockOwner,
         start: u64,
         end: u64,
@@ -407,6 +413,7 @@ impl Filesystem for Server {
     ) {
         let wish = Wish {
             number,
+            handle: handle.0,
             owner,
             kind,
             start,
@@ -432,7 +439,7 @@ impl Filesystem for Server {
         &self,
         request: &Request,
         number: INodeNo,
-        _handle: FileHandle,
+        handle: FileHandle,
         owner: LockOwner,
         start: u64,
         end: u64,
@@ -443,6 +450,7 @@ impl Filesystem for Server {
     ) {
         let wish = Wish {
             number,
+            handle: handle.0,
             owner,
             kind,
             start,
@@ -452,7 +460,7 @@ impl Filesystem for Server {
             .locks()
             .and_then(|locks| Ok((locks, self.node(number)?)));
         match found {
-            Ok((locks, node)) => locks.set(&node, &wish, sleep.then(|| request.pid()), reply),
+            Ok((locks, node)) => locks.set(&node, wish, (request.pid(), sleep), reply),
             Err(error) => reply.error(error),
         }
     }
