@@ -11,6 +11,8 @@ mod server;
 
 #[path = "cluster/flock.rs"]
 mod flock;
+#[path = "cluster/programs.rs"]
+mod programs;
 
 use std::fs;
 use std::io::{Read, Write};
