@@ -1,7 +1,7 @@
 //! Histories: what nodes did to the same pages, recorded call by call and checked for linearizability.
 //!
 //! ```text
-//!   run ── starts, kills, stops, cuts off ──> node processes ── calls ──> Place: kernel | volume | locked | shared
+//!   run ── starts, kills, stops, cuts off ──> node processes ── calls ──> Place: kernel | volume | locked | shared | mounted
 //!    |                                            |
 //!    |                                            └── one log a thread (record), mapped: it outlives SIGKILL
 //!    └── run.json, logs ──> History ──> check: per register, near-linear ──> calls that contradict each other
@@ -18,6 +18,7 @@
 //! ([`value_of`]). All processes stamp the begin and the end of their calls by one clock.
 
 pub mod check;
+pub mod life;
 pub mod namespace;
 pub mod node;
 pub mod place;

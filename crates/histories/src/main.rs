@@ -12,10 +12,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use pinfold_histories::life::{NOT_BEGUN, WITHDRAWN};
 use pinfold_histories::place::locked::Plant;
 use pinfold_histories::place::{Memory, Service, Spec};
 use pinfold_histories::record::Kind;
-use pinfold_histories::run::{self, Fault, NOT_BEGUN, Options, Report, WITHDRAWN};
+use pinfold_histories::run::{self, Fault, Options, Report};
 use pinfold_histories::{Layout, node};
 
 /// Records what nodes do to the same pages and checks that it is linearizable.
@@ -44,6 +45,8 @@ enum Who {
     Volume,
     /// Volumes on one directory, each a node, over etcd.
     Shared,
+    /// Mounts of one directory (`pinfold mount --cluster`), each a node, over etcd; needs root.
+    Mounted,
     /// Plain files, each under its glock, over etcd.
     Locked,
 }
@@ -117,9 +120,12 @@ struct Run {
     /// Have nodes pass for processes of different machines, which are not killed when they stand still; needs root
     #[arg(long)]
     elsewhere: bool,
-    /// Mounts of the directory, which the nodes use in turn
+    /// Mounts of the directory that are there, which the nodes of `kernel` use in turn
     #[arg(long, value_delimiter = ',')]
     mounts: Vec<PathBuf>,
+    /// The program `pinfold`, with the feature etcd, for nodes that are mounts [default: the one beside this]
+    #[arg(long)]
+    pinfold: Option<PathBuf>,
     /// Keep the logs here
     #[arg(long)]
     logs: Option<PathBuf>,
@@ -151,6 +157,7 @@ fn start(asked: Run) -> anyhow::Result<ExitCode> {
         Who::Kernel => Spec::Kernel,
         Who::Volume => Spec::Volume(memory),
         Who::Shared => Spec::Shared { service, memory },
+        Who::Mounted => Spec::Mounted { service, memory },
         Who::Locked => Spec::Locked {
             service,
             plant: asked.plant,
@@ -166,6 +173,7 @@ fn start(asked: Run) -> anyhow::Result<ExitCode> {
     } else {
         asked.nodes
     };
+    let program = std::env::current_exe()?;
     let report = run::run(&Options {
         place,
         dir: asked.dir,
@@ -187,7 +195,10 @@ fn start(asked: Run) -> anyhow::Result<ExitCode> {
         elsewhere: asked.elsewhere,
         mounts: asked.mounts,
         logs: asked.logs,
-        program: std::env::current_exe()?,
+        pinfold: asked
+            .pinfold
+            .unwrap_or_else(|| program.with_file_name("pinfold")),
+        program,
     })?;
     print(&report);
     Ok(if report.verdict.is_good() {

@@ -61,9 +61,10 @@ impl Namespace {
 
     /// The words before a command that have it run there, as the process that is started.
     #[must_use]
-    pub fn enter(&self) -> [String; 4] {
-        let words = ["ip", "netns", "exec", &self.name];
-        words.map(str::to_owned)
+    pub fn enter(&self) -> [String; 2] {
+        // Not `ip netns exec`, which takes the process away from our mounts too.
+        let network = format!("--net=/run/netns/{}", self.name);
+        ["nsenter".to_owned(), network]
     }
 
     /// Has all packets vanish.

@@ -65,6 +65,13 @@ pub enum Spec {
         /// How each is opened.
         memory: Memory,
     },
+    /// A directory that daemons of ours mount, each a node: real programs' way in.
+    Mounted {
+        /// How to reach the locks.
+        service: Service,
+        /// How each is started; faults are always served by its handler.
+        memory: Memory,
+    },
     /// Plain files with a small cache, each under its glock: the lock service alone.
     Locked {
         /// How to reach the locks.
@@ -113,7 +120,9 @@ impl Spec {
     #[must_use]
     pub const fn service(&self) -> Option<&Service> {
         match self {
-            Self::Locked { service, .. } | Self::Shared { service, .. } => Some(service),
+            Self::Locked { service, .. }
+            | Self::Shared { service, .. }
+            | Self::Mounted { service, .. } => Some(service),
             Self::Kernel | Self::Volume(_) => None,
         }
     }
@@ -121,7 +130,9 @@ impl Spec {
     /// The same, to change it.
     pub const fn service_mut(&mut self) -> Option<&mut Service> {
         match self {
-            Self::Locked { service, .. } | Self::Shared { service, .. } => Some(service),
+            Self::Locked { service, .. }
+            | Self::Shared { service, .. }
+            | Self::Mounted { service, .. } => Some(service),
             Self::Kernel | Self::Volume(_) => None,
         }
     }
@@ -134,6 +145,8 @@ impl Spec {
         match self {
             Self::Kernel => Ok(Box::new(files::kernel(dir, layout)?)),
             Self::Volume(memory) => Ok(Box::new(files::volume(dir, layout, *memory)?)),
+            // The daemon has joined.
+            Self::Mounted { .. } => Ok(Box::new(files::mounted(dir, layout)?)),
             Self::Shared { service, memory } => {
                 let space = service.join(node)?;
                 Ok(Box::new(files::shared(dir, layout, *memory, space)?))

@@ -11,20 +11,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
-use std::io::Write;
+use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use rand::rngs::SmallRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde::Serialize;
 
 use crate::check::{self, Death, History, Verdict};
+use crate::life::{Ended, Life, Worker};
 use crate::namespace::{ELSEWHERE, Namespace};
 use crate::node::{self, Control};
 use crate::record::{self, Call, End, Kind};
@@ -39,12 +40,6 @@ const LONGER_MAX: u32 = 4;
 
 /// Calls that one thread's log has room for.
 const CALLS_MAX: u64 = 16 << 20;
-
-/// How a node's process says that its place failed, after it began its work.
-pub const WITHDRAWN: i32 = 3;
-
-/// How it says that it could not begin.
-pub const NOT_BEGUN: i32 = 4;
 
 /// What is done to nodes and servers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, clap::ValueEnum)]
@@ -100,6 +95,8 @@ pub struct Options {
     pub logs: Option<PathBuf>,
     /// The program that does a node's work when called with `node` and its [`node::Spec`] on standard input.
     pub program: PathBuf,
+    /// The program `pinfold`, for nodes that are mounts.
+    pub pinfold: PathBuf,
 }
 
 /// What came of it.
@@ -132,15 +129,6 @@ struct Slot {
     not_before: Instant,
 }
 
-struct Life {
-    child: Child,
-    node: u32,
-    begun: Instant,
-    paused: bool,
-    /// When it was let go on after it had stood still past its lease.
-    resumed: Option<u64>,
-}
-
 impl Slot {
     fn cut(&self) -> anyhow::Result<()> {
         if let Some(network) = &self.network {
@@ -156,14 +144,6 @@ impl Slot {
         }
         self.lines.iter().for_each(Cut::mend);
         Ok(())
-    }
-}
-
-impl Drop for Life {
-    fn drop(&mut self) {
-        // It may have ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -331,29 +311,40 @@ impl Run<'_> {
             logs: self.logs.clone(),
             mix: options.mix,
         };
-        let mut child = self
-            .command(at)
-            .arg("node")
-            .stdin(Stdio::piped())
-            .stderr(std::fs::File::create(
-                self.logs.join(format!("{}.said", self.last)),
-            )?)
-            .spawn()
-            .with_context(|| options.program.display().to_string())?;
-        if let Some(mut stdin) = child.stdin.take() {
-            stdin.write_all(&serde_json::to_vec(&spec)?)?;
-        }
-        Ok(Life {
-            child,
-            node: self.last,
-            begun: Instant::now(),
-            paused: false,
-            resumed: None,
-        })
+        let said = File::create(self.logs.join(format!("{}.said", self.last)))?;
+        let place::Spec::Mounted { service, memory } = &spec.place else {
+            let mut command = self.command(at, &options.program);
+            command.arg("node");
+            let spec = serde_json::to_vec(&spec)?;
+            let worker = Worker {
+                command,
+                spec,
+                said,
+            };
+            return Life::begin(self.last, worker);
+        };
+        let mount = self.logs.join(format!("mount{}", self.last));
+        let mut daemon = self.command(at, &options.pinfold);
+        // Where daemons are asked what they do; a run of its own.
+        daemon.env("PINFOLD_RUN_DIR", self.logs.join("run"));
+        daemon.args(mount_arguments(self.last, service, *memory));
+        daemon.args([&options.dir, &mount]);
+        let mut command = Command::new(&options.program);
+        command.arg("node");
+        let spec = serde_json::to_vec(&node::Spec {
+            dir: mount.clone(),
+            ..spec
+        })?;
+        let worker = Worker {
+            command,
+            spec,
+            said,
+        };
+        Life::mount(self.last, daemon, &mount, worker)
     }
 
-    /// The command that makes a node, with what gives it a place of its own.
-    fn command(&self, at: usize) -> Command {
+    /// The command that runs a node's program, with what gives it a place of its own.
+    fn command(&self, at: usize, program: &Path) -> Command {
         let network = self.slots[at].network.as_ref();
         let mut words: Vec<OsString> = Vec::new();
         words.extend(
@@ -365,7 +356,7 @@ impl Run<'_> {
         if self.options.elsewhere {
             words.extend(ELSEWHERE.map(Into::into));
         }
-        words.push(self.options.program.clone().into());
+        words.push(program.into());
         let mut command = Command::new(words.remove(0));
         command.args(words);
         command
@@ -376,30 +367,31 @@ impl Run<'_> {
         let Some(life) = &mut self.slots[at].life else {
             return Ok(());
         };
-        let Some(status) = life.child.try_wait()? else {
+        let ended = life.ended();
+        let (node, resumed) = (life.node, life.resumed);
+        let Some(ended) = ended.with_context(|| self.said(node))? else {
             return Ok(());
         };
-        let (node, gone, resumed) = (life.node, now(), life.resumed);
+        let gone = now();
         self.slots[at].life = None;
-        match status.code() {
-            Some(0) => return Ok(()),
-            Some(WITHDRAWN) => {
+        match ended {
+            Ended::Well => return Ok(()),
+            Ended::Withdrew => {
                 self.report.withdrawn += 1;
                 self.note_reason(node);
                 // Only one that never came to again is known to have been fenced while it stood still.
                 self.dead.push((node, gone, resumed));
             }
-            Some(NOT_BEGUN) => {
+            Ended::NotBegun => {
                 self.report.not_begun += 1;
                 self.note_reason(node);
                 self.slots[at].not_before = Instant::now() + Duration::from_millis(300);
                 self.dead.push((node, gone, None));
             }
-            None => {
+            Ended::Killed => {
                 self.report.killed += 1;
                 self.dead.push((node, gone, None));
             }
-            Some(_) => bail!("node {node} failed: {status}: {}", self.said(node)),
         }
         Ok(())
     }
@@ -418,7 +410,9 @@ impl Run<'_> {
         let mut alive: Vec<usize> = (0..self.slots.len())
             .filter(|&at| {
                 let life = self.slots[at].life.as_ref();
-                life.is_some_and(|life| !life.paused && life.begun.elapsed() > self.settled())
+                life.is_some_and(|life| {
+                    life.works() && !life.paused && life.begun.elapsed() > self.settled()
+                })
             })
             .collect();
         alive.shuffle(&mut self.random);
@@ -432,7 +426,7 @@ impl Run<'_> {
             Fault::Kill => {
                 if let Some(life) = &mut self.slots[at].life {
                     // It may have ended by itself.
-                    let _ = life.child.kill();
+                    life.signal(Signal::KILL);
                     self.injected.insert(fault);
                     self.count("kill");
                 }
@@ -441,7 +435,7 @@ impl Run<'_> {
                 self.past = !self.past;
                 let time = if self.past { past } else { lease / 4 };
                 if let Some(life) = &mut self.slots[at].life
-                    && signal(&life.child, Signal::STOP)
+                    && life.signal(Signal::STOP)
                 {
                     life.paused = true;
                     let resume = Undo::Resume {
@@ -536,7 +530,7 @@ impl Run<'_> {
                             life.resumed = Some(now());
                         }
                         life.paused = false;
-                        signal(&life.child, Signal::CONT);
+                        life.signal(Signal::CONT);
                     }
                     self.finished(Fault::Pause, past, ["short pause", "pause past the lease"]);
                 }
@@ -623,7 +617,20 @@ fn came_to(calls: &[Call], node: u32, at: u64) -> bool {
     calls.iter().filter(answered).any(|call| call.start > at)
 }
 
-fn signal(child: &Child, signal: Signal) -> bool {
-    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
-    pid.is_some_and(|pid| kill_process(pid, signal).is_ok())
+/// What `pinfold` is told to become the node.
+fn mount_arguments(node: u32, service: &place::Service, memory: place::Memory) -> Vec<OsString> {
+    let seconds = |ms: u64| ms.div_ceil(1000).to_string();
+    let cluster = format!("etcd://{}/histories", service.endpoints.join(","));
+    let words = [
+        ("--memory", memory.bytes.to_string()),
+        ("--cluster", cluster),
+        ("--node", format!("node{node}")),
+        ("--lease", seconds(service.lease_ms)),
+        ("--grace", seconds(service.grace_ms)),
+        ("--hold", service.hold_ms.to_string()),
+    ];
+    let words = words.map(|(name, value)| [name.into(), value.into()]);
+    std::iter::once("mount".into())
+        .chain(words.into_iter().flatten())
+        .collect()
 }

@@ -1,7 +1,7 @@
 //! Node processes at work, with every fault; longer by `PINFOLD_HISTORY_SECONDS`.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pinfold_histories::Layout;
@@ -37,6 +37,7 @@ fn options(place: Spec, nodes: usize, faults: &[Fault], seconds: u64) -> Options
         mounts: Vec::new(),
         logs: None,
         program: env!("CARGO_BIN_EXE_pinfold-histories").into(),
+        pinfold: Path::new(env!("CARGO_BIN_EXE_pinfold-histories")).with_file_name("pinfold"),
     }
 }
 
@@ -118,6 +119,34 @@ mod etcd {
         options(place, 3, faults, 12)
     }
 
+    /// Nodes that are mounts; `None`, and says why, where there can be none.
+    fn mounted(faults: &[Fault]) -> Option<Options> {
+        let memory = Memory {
+            bytes: 4 << 20,
+            inline: false,
+        };
+        let place = Spec::Mounted {
+            service: service(),
+            memory,
+        };
+        let options = options(place, 3, faults, 12);
+        // Nobody answers there; what cannot speak with etcd says so first.
+        let asked = std::process::Command::new(&options.pinfold)
+            .args(["nodes", "--cluster", "etcd://127.0.0.1:1/none"])
+            .output();
+        let why = match asked {
+            _ if !rustix::process::geteuid().is_root() => "not root".to_owned(),
+            _ if !Path::new("/dev/fuse").exists() => "no /dev/fuse".to_owned(),
+            Err(error) => format!("{}: {error}", options.pinfold.display()),
+            Ok(said) if String::from_utf8_lossy(&said.stderr).contains("--features etcd") => {
+                format!("{} is built without etcd", options.pinfold.display())
+            }
+            Ok(_) => return Some(options),
+        };
+        println!("skipped: {why}");
+        None
+    }
+
     /// Each fault came at least once: the run goes on until then.
     fn saw(report: &Report, faults: &[&str]) {
         for fault in faults {
@@ -171,6 +200,26 @@ mod etcd {
         options.elsewhere = true;
         let report = check(options);
         saw(&report, &["pause past the lease"]);
+    }
+
+    #[test]
+    fn t63_mounts_stay_linearizable_while_daemons_are_killed_stopped_and_cut_off_and_etcd_is_restarted()
+     {
+        let faults = [Fault::Kill, Fault::Pause, Fault::Cut, Fault::Restart];
+        let Some(options) = mounted(&faults) else {
+            return;
+        };
+        let report = check(options);
+        saw(
+            &report,
+            &[
+                "kill",
+                "pause past the lease",
+                "cut past the lease",
+                "etcd restarted",
+            ],
+        );
+        assert!(report.verdict.calls > 0);
     }
 
     #[test]

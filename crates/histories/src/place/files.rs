@@ -6,6 +6,8 @@
 //!
 //! *Locking*: none.
 
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -13,7 +15,7 @@ use anyhow::{Context, anyhow};
 use pinfold::{Delivery, Volume, VolumeBuilder};
 use pinfold_base::Errno;
 use pinfold_lock::Space;
-use pinfold_mem::region::view::{Sharing, View};
+use pinfold_mem::region::view::{FileMap, Sharing, View};
 use pinfold_mem::region::{At, Region};
 use pinfold_scenarios::fs::kernel::Kernel;
 use pinfold_scenarios::fs::pinfold::Library;
@@ -64,6 +66,26 @@ pub fn kernel(dir: &Path, layout: Layout) -> anyhow::Result<Files> {
         0 => &[Way::Buffered, Way::Mapped],
         _ => &[Way::Direct],
     })
+}
+
+/// A directory where a daemon of ours, one node of several, is mounted: whatever call is used, the same bytes are seen.
+///
+/// Where such a mount refuses shared mappings (ENODEV), there are calls alone.
+///
+/// # Errors
+/// As [`kernel`].
+pub fn mounted(dir: &Path, layout: Layout) -> anyhow::Result<Files> {
+    let fs = Kernel::new(dir).map_err(|errno| anyhow!("{}: {errno}", dir.display()))?;
+    let len = layout.pages as usize * PAGE;
+    let first = File::options()
+        .read(true)
+        .write(true)
+        .open(super::path_of(dir, 0))?;
+    let ways: &[Way] = match FileMap::new(first.as_fd(), 0, len, Sharing::Shared) {
+        Err(Errno::ENODEV) => &[Way::Buffered, Way::Direct],
+        _ => &Way::ALL,
+    };
+    Files::open(Box::new(fs), layout, |_| ways)
 }
 
 /// A volume on `dir`.
