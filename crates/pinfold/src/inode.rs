@@ -396,11 +396,15 @@ impl Inode {
     fn cut_locked(&self, old: u64, len: u64) -> Result<()> {
         let told = |error| Error::store("set the size of", error);
         let newer = self.pages.next_dirty(len / PAGE_SIZE).is_some();
+        // Write-back of the last page zeroes what lies behind the end, which may have to come back.
+        let inside = !len.is_multiple_of(PAGE_SIZE);
+        let last = inside.then(|| self.pages.lock_settled(len / PAGE_SIZE));
         self.pages.set_end(len);
         if let Err(error) = self.object().set_len(len) {
             self.pages.set_end(old);
             return Err(told(error));
         }
+        drop(last);
         self.pages.truncate(len);
         if newer {
             // A transfer that was under way may have made the stored file longer again; the pages waited for it.
@@ -613,3 +617,6 @@ impl FaultTarget for Inode {
         self.pages.make_writable(page)
     }
 }
+
+#[cfg(test)]
+mod tests;
