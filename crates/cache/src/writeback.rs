@@ -425,7 +425,12 @@ impl FilePages {
     /// Moves a locked dirty page to WRITEBACK and unlocks it; `None` when it lies past the end.
     fn start_write(&self, folio: Folio<'_>) -> Option<(Frame, usize)> {
         let page = folio.page();
-        let len = self.len_to_write(page)?;
+        let mut len = self.len_to_write(page)?;
+        if len < PAGE && folio.state() & UMAP_ASYNC != 0 {
+            // Stores pass by protection: once the file has grown, one to what it grew over must not be zeroed.
+            folio.protect();
+            len = self.len_to_write(page)?;
+        }
         if len < PAGE {
             // The tail is zeroed every time it is written (INV7, F-6).
             folio.zero_from(len);

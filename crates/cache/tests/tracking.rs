@@ -141,6 +141,32 @@ fn inv7_stores_past_the_end_do_not_come_to_light() {
     });
 }
 
+/// F-6: what is zeroed before the last page is stored lies behind the end, also of a file that grows just then.
+#[test]
+fn f6_a_store_to_what_the_file_has_just_grown_over_is_not_zeroed() {
+    with_program(8, |_, file, store, program| {
+        let end = 4 * PAGE as u64 + 100;
+        {
+            let _blocked = file.gate().block();
+            file.truncate(end);
+        }
+        assert_eq!(program.load(4, 0), 0);
+        // Before the page is dirty, which the flusher may be the first to see.
+        program.grow_and_store_late(8 * PAGE as u64, 300, 78);
+        program.store(4, 50, 80);
+        file.write_back(0..u64::MAX, Mode::Integrity).unwrap();
+        assert_eq!(
+            file.end(),
+            8 * PAGE as u64,
+            "the size was told before stores were kept out"
+        );
+        assert_eq!((program.load(4, 300), program.load(4, 50)), (78, 80));
+        file.write_back(0..u64::MAX, Mode::Integrity).unwrap();
+        let bytes = store.bytes();
+        assert_eq!((bytes[4 * PAGE + 300], bytes[4 * PAGE + 50]), (78, 80));
+    });
+}
+
 #[test]
 fn a_store_found_when_its_page_should_go_keeps_it() {
     with_program(16, |rig, file, store, program| {

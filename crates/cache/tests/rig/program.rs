@@ -6,7 +6,7 @@
 )]
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 
@@ -31,6 +31,8 @@ struct Inner {
     shown: PageBits,
     /// The byte to store once to a page that is about to be withdrawn; 0: none.
     late: AtomicU8,
+    /// Where in that page, and the size the file gets just before; 0: it stays.
+    late_at: (AtomicUsize, AtomicU64),
 }
 
 impl Program {
@@ -63,6 +65,7 @@ impl Program {
             faults: AtomicU64::new(0),
             shown: PageBits::new(pages).unwrap(),
             late: AtomicU8::new(0),
+            late_at: Default::default(),
         });
         let reverse = Arc::new(Reverse(Arc::downgrade(&inner)));
         let window = file.open_window(pages, reverse).unwrap();
@@ -122,6 +125,13 @@ impl Program {
     /// to, before its entry goes.
     pub fn store_late(&self, byte: u8) {
         self.inner.late.store(byte, Ordering::Relaxed);
+    }
+
+    /// The same, at byte `at` of that page, over which the file has just grown: it is `end` bytes long then.
+    pub fn grow_and_store_late(&self, end: u64, at: usize, byte: u8) {
+        self.inner.late_at.0.store(at, Ordering::Relaxed);
+        self.inner.late_at.1.store(end, Ordering::Relaxed);
+        self.store_late(byte);
     }
 
     /// Takes pages' entries away behind the library's back, as a program does with `MADV_DONTNEED`.
@@ -197,7 +207,11 @@ impl Inner {
     fn store_late(&self, page: u64) {
         let byte = self.late.swap(0, Ordering::Relaxed);
         if byte != 0 {
-            let addr = self.map().addr_of(page).unwrap();
+            let end = self.late_at.1.load(Ordering::Relaxed);
+            if end > 0 {
+                self.file.set_end(end);
+            }
+            let addr = self.map().addr_of(page).unwrap() + self.late_at.0.load(Ordering::Relaxed);
             let place = std::ptr::with_exposed_provenance_mut::<u8>(addr);
             // SAFETY: in the user map, which lives as long as `self`, and into which no references exist.
             unsafe { place.write_volatile(byte) };
