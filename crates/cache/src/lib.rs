@@ -62,7 +62,7 @@ pub use folio::Folio;
 pub use gate::{BlockGuard, Gate};
 pub use lease::{Lease, PageRef};
 pub use map::{AROUND_MAX, Here, MapOutcome, MapTarget, ReverseMap, SIGNAL_MOVES_MAX};
-pub use pin::{Kept, PagePin, PinRefusal, PinSite};
+pub use pin::{Kept, PagePin, PinRefusal, PinSite, PinnedRun};
 pub use readahead::{ReadAhead, Walks};
 pub use state::PinKind;
 pub use stores::Harvest;

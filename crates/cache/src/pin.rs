@@ -25,10 +25,13 @@ use pinfold_base::sync::Mutex;
 use pinfold_mem::{Access, Frame, Segments};
 use smallvec::SmallVec;
 
+mod run;
+
+pub use run::PinnedRun;
+
 use crate::CacheError;
 use crate::file::FilePages;
 use crate::folio::Folio;
-use crate::index::Key;
 use crate::lease::PageRef;
 use crate::map::{MapOutcome, MapTarget};
 use crate::state::{PinKind, pins};
@@ -313,41 +316,38 @@ impl FilePages {
             .wait(frame.0 as usize, state, Some(deadline), unkept)
     }
 
-    /// Pins a page for one transfer if it is there, valid and, to be written to, dirty. Waits for nobody and takes no lock of
-    /// classes 1 to 5; whoever holds it takes none either.
-    ///
-    /// # Errors
-    /// [`PinRefusal`]; nothing has changed then.
-    #[track_caller]
-    pub fn try_pin(self: &Arc<Self>, page: u64, kind: PinKind) -> Result<PagePin, PinRefusal> {
-        let key = Key {
-            file: self.id(),
-            page,
-        };
-        let cache = self.cache();
-        for frame in cache.index.candidates(key.hash()) {
-            let header = cache.header(frame);
-            if !header.is(key) {
-                continue;
-            }
-            match header.state.pin_ready(kind) {
-                // A pinned frame keeps its page, so now it tells whose it is.
-                Ok(_) if header.is(key) => {
-                    return Ok(self.pinned(page, frame, kind, Term::Transfer));
-                }
-                Ok(_) => {
-                    if header.state.unpin(kind) {
-                        cache.wake(frame);
-                    }
-                }
-                Err(Errno::ENOMEM) => return Err(PinRefusal::TooMany),
-                Err(_) => {}
+    /// Takes a pin of a page; returns its frame.
+    fn find_and_pin(&self, page: u64, kind: PinKind) -> Result<Frame, PinRefusal> {
+        for frame in self.cache().index.candidates(self.key(page).hash()) {
+            if self.pin_frame(frame, page, kind)? {
+                return Ok(frame);
             }
         }
         Err(PinRefusal::Cold)
     }
 
-    /// Pins a page for one transfer in place of a reference to it. Waits for nobody, as [`FilePages::try_pin`].
+    /// Takes a pin of a page if that frame holds it, ready; tells whether.
+    fn pin_frame(&self, frame: Frame, page: u64, kind: PinKind) -> Result<bool, PinRefusal> {
+        let (key, cache) = (self.key(page), self.cache());
+        let header = cache.header(frame);
+        if !header.is(key) {
+            return Ok(false);
+        }
+        match header.state.pin_ready(kind) {
+            // A pinned frame keeps its page, so now it tells whose it is.
+            Ok(_) if header.is(key) => Ok(true),
+            Ok(_) => {
+                if header.state.unpin(kind) {
+                    cache.wake(frame);
+                }
+                Ok(false)
+            }
+            Err(Errno::ENOMEM) => Err(PinRefusal::TooMany),
+            Err(_) => Ok(false),
+        }
+    }
+
+    /// Pins a page for one transfer in place of a reference to it. Waits for nobody, as [`FilePages::try_pin_run`].
     ///
     /// # Errors
     /// [`PinRefusal`]; the reference has been given back then.

@@ -376,6 +376,12 @@ impl FilePages {
         mode: Mode,
     ) -> Result<usize, StoreError> {
         if mode.is_thorough() {
+            // The ordinary case of a direct transfer.
+            let nothing = self.dirty().pages.entries() == 0;
+            if nothing {
+                self.forget_clean_files();
+                return Ok(0);
+            }
             self.harvest(range.clone(), Harvest::Wait);
         }
         let (todo, under_way) = self.to_write(range, mode);
@@ -400,10 +406,15 @@ impl FilePages {
         if sent > 0 {
             self.tell_owner();
         }
+        self.forget_clean_files();
+        error.map_or(Ok(sent), Err)
+    }
+
+    /// Does what the flusher does now and then, where there is none.
+    fn forget_clean_files(&self) {
         if !self.cache().flusher_runs() {
             self.cache().delist_clean();
         }
-        error.map_or(Ok(sent), Err)
     }
 
     /// Lists what a pass visits, and what is under way already.

@@ -1,7 +1,6 @@
 //! What a node does with a file's pages before another may use them, and that nothing comes back by itself.
 #![cfg(not(loom))]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
-#![allow(unsafe_code, reason = "stores as a device makes them")]
 
 #[path = "rig/rig.rs"]
 mod rig;
@@ -10,7 +9,7 @@ use std::sync::Arc;
 use std::thread;
 
 use pinfold_base::Errno;
-use pinfold_cache::{CacheError, FilePages, Mode, PinKind, ReadAhead, Want};
+use pinfold_cache::{CacheError, FilePages, Mode, PinKind, PinRefusal, ReadAhead, Want};
 use pinfold_store::testing::{DeferredObject, MemoryObject};
 use rig::{MOMENT, PAGE, PATIENCE, Rig, WANT, within, write};
 
@@ -73,6 +72,36 @@ fn inv6_pages_on_their_way_go_with_the_others() {
     });
 }
 
+#[test]
+fn a_run_is_pinned_up_to_the_first_page_that_cannot_be_and_given_back_as_a_whole() {
+    within(PATIENCE, || {
+        let rig = Rig::new();
+        let (file, _store) = file_of(&rig);
+        write(&file, 0..40, 7);
+        file.read(41, &WANT).unwrap();
+        let taken = |pages, kind| {
+            let (run, refused) = file.try_pin_run(pages, kind);
+            let mut memory = file.segments();
+            run.push(&mut memory, 100, PAGES as usize * PAGE);
+            let held = rig.cache.statistics();
+            let held = held.foll_pin_acquired - held.foll_pin_released;
+            (held, memory.bytes(), refused)
+        };
+        let cold = Some(PinRefusal::Cold);
+        let bytes = |pages| pages * PAGE - 100;
+        assert_eq!(taken(0..40, PinKind::Write), (40, bytes(40), None));
+        assert_eq!(taken(1..PAGES, PinKind::Read), (39, bytes(39), cold));
+        assert_eq!(taken(41..42, PinKind::Read), (1, bytes(1), None));
+        // To be written to it would have to be dirty before.
+        assert_eq!(taken(41..42, PinKind::Write), (0, 0, cold));
+        assert_eq!(taken(7..7, PinKind::Write), (0, 0, None));
+        let rest = rig.cache.statistics();
+        assert_eq!(rest.foll_pin_acquired, rest.foll_pin_released);
+        file.write_back(0..u64::MAX, Mode::Integrity).unwrap();
+        assert!(file.invalidate(0..PAGES), "a pin was not given back");
+    });
+}
+
 /// H-12: a page that a device writes to is handed over when the device has done, and what it wrote is stored then.
 #[test]
 fn h12_a_hand_over_waits_for_the_transfer_that_a_pin_is_for() {
@@ -80,15 +109,17 @@ fn h12_a_hand_over_waits_for_the_transfer_that_a_pin_is_for() {
         let rig = Rig::new();
         let (file, store) = file_of(&rig);
         write(&file, 0..4, 7);
-        let pin = file.try_pin(2, PinKind::Write).unwrap();
+        let (pinned, refused) = file.try_pin_run(2..3, PinKind::Write);
+        assert_eq!(refused, None);
+        let mut memory = file.segments();
+        pinned.push(&mut memory, 0, PAGE);
         thread::scope(|scope| {
             let handing = scope.spawn(|| file.write_back(0..u64::MAX, Mode::HandOver));
             thread::sleep(MOMENT);
             assert!(!handing.is_finished(), "handed over under the device");
             // As the device does.
-            // SAFETY: the page is pinned for that.
-            unsafe { pin.addr().write_bytes(9, PAGE) };
-            drop(pin);
+            assert_eq!(memory.copy_from(0, &[9; PAGE]), PAGE);
+            drop((memory, pinned));
             handing.join().unwrap().unwrap();
         });
         assert!(!file.is_dirty());

@@ -6,6 +6,7 @@
 //!
 //! *Locking*: as of [`MappedMemory`]: nothing is held when memory is brought in; lending locks one folio at a time.
 
+use pinfold_base::PAGE_SIZE;
 use pinfold_base::rank::rule_zero;
 use pinfold_cache::{MapOutcome, PinKind, PinRefusal, Want};
 use pinfold_mem::{
@@ -100,32 +101,29 @@ impl MappedMemory for UserMapping {
             }
             (UserMapKind::SharedRead | UserMapKind::SharedWrite, _) => {}
         }
+        let Some(first) = self.map.page_at(addr) else {
+            return PinnedPart::none(PinStop::Cold);
+        };
+        let at = addr % PAGE;
+        let there = (self.map.addr() + self.map.len() - addr).min(len);
+        let behind = first + (at + there).div_ceil(PAGE) as u64;
+        let allowed = if self.target.knows_end() {
+            behind.min(self.pages().end().div_ceil(PAGE_SIZE))
+        } else {
+            behind
+        };
+        let (run, refusal) = self.pages().try_pin_run(first..allowed, kind);
         let mut segments = self.pages().segments();
-        let mut pins = Vec::with_capacity(len.div_ceil(PAGE) + 1);
-        let stop = loop {
-            let done = segments.bytes();
-            if done == len {
-                break None;
-            }
-            let Some(page) = self.map.page_at(addr + done) else {
-                break Some(PinStop::Cold);
-            };
-            if self.is_known_beyond(page) {
-                break Some(PinStop::Forbidden);
-            }
-            match self.pages().try_pin(page, kind) {
-                Ok(pin) => {
-                    let at = (addr + done) % PAGE;
-                    pin.push(&mut segments, at, (PAGE - at).min(len - done));
-                    pins.push(pin);
-                }
-                Err(PinRefusal::Cold) => break Some(PinStop::Cold),
-                Err(PinRefusal::TooMany) => break Some(PinStop::TooMany),
-            }
+        run.push(&mut segments, at, there);
+        let stop = match refusal {
+            Some(PinRefusal::Cold) => Some(PinStop::Cold),
+            Some(PinRefusal::TooMany) => Some(PinStop::TooMany),
+            None if allowed < behind => Some(PinStop::Forbidden),
+            None => (there < len).then_some(PinStop::Cold),
         };
         PinnedPart {
             segments,
-            pins: Box::new(pins),
+            pins: Box::new(run),
             stop,
         }
     }
