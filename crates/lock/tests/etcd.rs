@@ -439,6 +439,32 @@ fn a_user_that_loses_its_rights_makes_the_node_withdraw() {
 }
 
 #[test]
+fn a_change_of_others_rights_is_survived() {
+    let server = Server::start_with_dated_tokens();
+    server.require_user("root", "secret");
+    let service = Etcd {
+        user: Some(("root".to_owned(), "secret".to_owned())),
+        ..volume(&server)
+    };
+    let ([a, b], _stored) = two_nodes(&service);
+    // After each change the tokens that the nodes have are refused.
+    for (turn, (nodes, mode)) in [([&a, &b], Exclusive), ([&b, &a], Shared)]
+        .into_iter()
+        .enumerate()
+    {
+        server.add_role(&format!("another-{turn}"));
+        for node in nodes {
+            let (glock, cache) = &node.files[0];
+            let granted = lock_later(glock, cache, mode);
+            assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
+        }
+    }
+    for node in [&a, &b] {
+        assert_eq!(node.space.check(), Ok(()));
+    }
+}
+
+#[test]
 fn certificates_are_checked_on_both_sides() {
     let server = Server::start_secure();
     let tls = server.tls();

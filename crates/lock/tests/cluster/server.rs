@@ -33,37 +33,64 @@ pub struct Server {
     child: Child,
     /// As whom etcdctl speaks.
     user: Mutex<Option<String>>,
-    secure: bool,
+    ways: Ways,
     directory: tempfile::TempDir,
     host: Ipv4Addr,
     client: u16,
     peer: u16,
 }
 
+/// How a server speaks with its clients.
+#[derive(Clone, Copy, Default)]
+struct Ways {
+    /// With whom its authority vouches for alone.
+    secure: bool,
+    /// The tokens that it gives users name the state of its users and roles (JWT).
+    dated_tokens: bool,
+}
+
 impl Server {
     pub fn start() -> Self {
-        Self::start_as(false)
+        Self::start_as(Ways::default())
     }
 
     /// One that speaks with whom its authority vouches for alone.
     pub fn start_secure() -> Self {
-        Self::start_as(true)
+        Self::start_as(Ways {
+            secure: true,
+            ..Ways::default()
+        })
     }
 
-    fn start_as(secure: bool) -> Self {
+    /// One that refuses tokens given before anything of its users and roles was changed.
+    pub fn start_with_dated_tokens() -> Self {
+        Self::start_as(Ways {
+            dated_tokens: true,
+            ..Ways::default()
+        })
+    }
+
+    fn start_as(ways: Ways) -> Self {
         let mut directory = tempfile::tempdir().unwrap();
         let host = own_host();
         // A connection of the machine's may take a port between the look at it and the server's: then others are taken.
         for _ in 0..10 {
             let (client, peer) = (free_port(host), free_port(host));
-            if secure {
+            if ways.secure {
                 make_certificates(directory.path(), host);
             }
-            let child = spawn(&directory, (host, client, peer), secure);
+            if ways.dated_tokens {
+                openssl(
+                    directory.path(),
+                    "genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:2048 -out jwt.key",
+                );
+                openssl(directory.path(), "pkey -in jwt.key -pubout -out jwt.pub");
+            }
+            let child = spawn(&directory, (host, client, peer), ways);
             let mut server = Self {
                 child,
                 user: Mutex::new(None),
-                secure,
+                ways,
                 directory,
                 host,
                 client,
@@ -90,7 +117,7 @@ impl Server {
         self.child = spawn(
             &self.directory,
             (self.host, self.client, self.peer),
-            self.secure,
+            self.ways,
         );
         assert!(self.answers(), "etcd does not start again");
     }
@@ -119,7 +146,7 @@ impl Server {
         if let Some(user) = &*self.user.lock() {
             command.args(["--user", user]);
         }
-        if self.secure {
+        if self.ways.secure {
             let file = |name: &str| self.directory.path().join(name);
             command
                 .arg("--cacert")
@@ -171,6 +198,11 @@ impl Server {
         self.must(&["role", "revoke-permission", name, "--prefix=true", prefix]);
     }
 
+    /// Adds a role that nobody has.
+    pub fn add_role(&self, name: &str) {
+        self.must(&["role", "add", name]);
+    }
+
     /// What a client of a secure server needs.
     pub fn tls(&self) -> pinfold_lock::service::etcd::Tls {
         let read = |name: &str| std::fs::read(self.directory.path().join(name)).unwrap();
@@ -218,14 +250,25 @@ impl Drop for Server {
 fn spawn(
     directory: &tempfile::TempDir,
     (host, client, peer): (Ipv4Addr, u16, u16),
-    secure: bool,
+    ways: Ways,
 ) -> Child {
-    let scheme = if secure { "https" } else { "http" };
+    let scheme = if ways.secure { "https" } else { "http" };
     let client = format!("{scheme}://{host}:{client}");
     let peer = format!("http://{host}:{peer}");
     let mut command = Command::new("etcd");
-    if secure {
-        let file = |name: &str| directory.path().join(name);
+    let file = |name: &str| directory.path().join(name);
+    if ways.dated_tokens {
+        let (public, private) = (file("jwt.pub"), file("jwt.key"));
+        command.args([
+            "--auth-token",
+            &format!(
+                "jwt,pub-key={},priv-key={},sign-method=RS256",
+                public.display(),
+                private.display()
+            ),
+        ]);
+    }
+    if ways.secure {
         command
             .arg("--client-cert-auth")
             .arg("--trusted-ca-file")
@@ -250,18 +293,20 @@ fn spawn(
         .expect("etcd is installed (Debian: etcd-server)")
 }
 
+fn openssl(directory: &std::path::Path, arguments: &str) {
+    let status = Command::new("openssl")
+        .args(arguments.split(' '))
+        .current_dir(directory)
+        .stderr(Stdio::null())
+        .stdout(Stdio::null())
+        .status()
+        .expect("openssl is installed");
+    assert!(status.success(), "openssl {arguments}");
+}
+
 /// Makes an authority, and a certificate of it for both ends of loopback.
 fn make_certificates(directory: &std::path::Path, host: Ipv4Addr) {
-    let openssl = |arguments: &str| {
-        let status = Command::new("openssl")
-            .args(arguments.split(' '))
-            .current_dir(directory)
-            .stderr(Stdio::null())
-            .stdout(Stdio::null())
-            .status()
-            .expect("openssl is installed");
-        assert!(status.success(), "openssl {arguments}");
-    };
+    let openssl = |arguments: &str| openssl(directory, arguments);
     let key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
     openssl(&format!(
         "req -x509 {key} -days 2 -subj /CN=authority -keyout ca.key -out ca.pem"

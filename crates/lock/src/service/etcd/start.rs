@@ -83,6 +83,7 @@ impl Start {
             keys,
             me,
             patience: self.etcd.patience(),
+            said_anew: Arc::default(),
         };
         // Whoever died unseen, and whatever else is kept here that is not ours, is found now.
         if let Err(lost) = wire.all_claims().await {

@@ -1,5 +1,6 @@
 //! Transactions on etcd: what is sent, what an answer says, and when to try again.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::{
@@ -7,6 +8,7 @@ use etcd_client::{
     PutOptions, Txn, TxnOp, TxnOpResponse,
 };
 use pinfold_base::Errno;
+use tokio::sync::Mutex;
 
 use super::board::{Change, Entry};
 use super::keys::{Claim, Key, Keys, Owner};
@@ -51,18 +53,35 @@ pub(super) struct Wire {
     pub keys: Keys,
     pub me: Owner,
     pub patience: Duration,
+    /// How often this node has said anew who it is. Held while it does: etcd makes that dear, and each call under way may find
+    /// that it is due.
+    pub said_anew: Arc<Mutex<u64>>,
+}
+
+// Codes of gRPC; their names are not exported.
+const INVALID_ARGUMENT: i32 = 3;
+
+/// Tells whether etcd has changed what users may do since it gave us our token: one that says of which state it is (JWT) is
+/// refused from then on, whatever was changed.
+fn is_outdated(error: &Error) -> bool {
+    let Error::GRpcStatus(status) = error else {
+        return false;
+    };
+    i32::from(status.code()) == INVALID_ARGUMENT
+        && status.message().contains("revision of auth store is old")
 }
 
 /// A failed try: is there a point in another one?
 pub(super) fn judge(error: &Error) -> Option<Lost> {
-    // Codes of gRPC; their names are not exported.
-    const INVALID_ARGUMENT: i32 = 3;
     const PERMISSION_DENIED: i32 = 7;
     const UNIMPLEMENTED: i32 = 12;
     const UNAUTHENTICATED: i32 = 16;
     let Error::GRpcStatus(status) = error else {
         return None;
     };
+    if is_outdated(error) {
+        return None;
+    }
     let why = status.message().to_owned();
     match i32::from(status.code()) {
         PERMISSION_DENIED | UNAUTHENTICATED => Some(Lost::Denied(why)),
@@ -100,18 +119,35 @@ impl Wire {
         Compare::lease(key, CompareOp::Equal, self.me.lease)
     }
 
+    /// Goes on after a failed try that began when this node had said `said` times anew who it is.
+    async fn after(&self, error: &Error, said: u64) -> Result<(), Lost> {
+        if let Some(lost) = judge(error) {
+            return Err(lost);
+        }
+        if is_outdated(error) {
+            let mut times = self.said_anew.lock().await;
+            if *times == said {
+                let refresh = self.client.refresh_token();
+                if let Ok(Err(error)) = tokio::time::timeout(self.patience, refresh).await
+                    && let Some(lost) = judge(&error)
+                {
+                    return Err(lost);
+                }
+                *times += 1;
+            }
+        }
+        Ok(())
+    }
+
     /// Sends until there is an answer. All our transactions may be sent twice: the second finds what the first did.
     async fn send(&self, txn: Txn) -> Result<etcd_client::TxnResponse, Lost> {
         let mut pause = Pause::new();
         loop {
             let mut client = self.client.clone();
+            let said = *self.said_anew.lock().await;
             match tokio::time::timeout(self.patience, client.txn(txn.clone())).await {
                 Ok(Ok(response)) => return Ok(response),
-                Ok(Err(error)) => {
-                    if let Some(lost) = judge(&error) {
-                        return Err(lost);
-                    }
-                }
+                Ok(Err(error)) => self.after(&error, said).await?,
                 Err(_late) => {}
             }
             // For as long as the lease lasts: then the node withdraws, and the actor and its tasks end.
@@ -206,14 +242,11 @@ impl Wire {
         let mut pause = Pause::new();
         loop {
             let mut client = self.client.clone();
+            let said = *self.said_anew.lock().await;
             let get = client.get(key.clone(), Some(options.clone()));
             match tokio::time::timeout(self.patience, get).await {
                 Ok(Ok(response)) => return Ok(response),
-                Ok(Err(error)) => {
-                    if let Some(lost) = judge(&error) {
-                        return Err(lost);
-                    }
-                }
+                Ok(Err(error)) => self.after(&error, said).await?,
                 Err(_late) => {}
             }
             pause.rest().await;
