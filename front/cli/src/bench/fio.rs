@@ -15,8 +15,16 @@ pub(super) fn is_installed() -> bool {
         .is_ok_and(|status| status.success())
 }
 
-/// Random direct reads of 4 KiB through io_uring; returns reads a second.
-pub(super) fn random_reads(
+/// Which way a job moves bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    Read,
+    Write,
+}
+
+/// Random direct transfers of 4 KiB through io_uring; returns transfers a second.
+pub(super) fn random(
+    way: Way,
     file: &Path,
     size: u64,
     depth: usize,
@@ -26,9 +34,10 @@ pub(super) fn random_reads(
     let output = Command::new("fio")
         .args([
             "--name=bench",
-            "--rw=randread",
             "--bs=4k",
             "--direct=1",
+            // Not processes: each would be a session of its own, with a share of the processors of its own.
+            "--thread",
             "--ioengine=io_uring",
         ])
         .args([
@@ -37,6 +46,10 @@ pub(super) fn random_reads(
             "--randrepeat=0",
             "--output-format=json",
         ])
+        .arg(match way {
+            Way::Read => "--rw=randread",
+            Way::Write => "--rw=randwrite",
+        })
         .arg(format!("--filename={}", file.display()))
         .arg(format!("--size={size}"))
         .arg(format!("--iodepth={depth}"))
@@ -52,7 +65,11 @@ pub(super) fn random_reads(
     // Notes may precede the object.
     let start = text.find('{').context("fio printed no JSON")?;
     let report: Value = serde_json::from_str(&text[start..]).context("fio's JSON")?;
-    report["jobs"][0]["read"]["iops"]
+    let way = match way {
+        Way::Read => "read",
+        Way::Write => "write",
+    };
+    report["jobs"][0][way]["iops"]
         .as_f64()
-        .context("fio's JSON has no read.iops")
+        .with_context(|| format!("fio's JSON has no {way}.iops"))
 }

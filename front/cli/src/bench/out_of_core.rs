@@ -48,7 +48,14 @@ pub(super) fn run(plan: &Plan) -> Result<Vec<Row>> {
         }
         if threads == DEEP && fio {
             sides.push(Box::new(|| {
-                let reads = fio::random_reads(&dir.join("data"), size, DEEP, WARM_MS, RUN_MS)?;
+                let reads = fio::random(
+                    fio::Way::Read,
+                    &dir.join("data"),
+                    size,
+                    DEEP,
+                    WARM_MS,
+                    RUN_MS,
+                )?;
                 Ok([reads, reads, f64::NAN])
             }));
         }
