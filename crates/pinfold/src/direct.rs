@@ -259,6 +259,7 @@ impl File {
         } else {
             BOUNCE_BYTES
         };
+        let asked = most.min(cursor.count()) as u64;
         let (written, end) = cursor.truncated(most, |part| self.write_buffered(part, offset, how));
         if written.done > 0
             && let Err(error) = self.inode().flush_range(end - written.done..end)
@@ -267,7 +268,11 @@ impl File {
             cursor.restore(mark);
             return (Progress::stopped(0, Stop::Io(error)), offset);
         }
-        (written.map_stop(Stop::Refused), end)
+        let mut written = written.map_stop(Stop::Refused);
+        if written.stop.is_none() && written.done < asked {
+            written.stop = Some(Stop::Limit);
+        }
+        (written, end)
     }
 
     fn write_round(
@@ -313,7 +318,11 @@ impl File {
             Ok(allowed) => allowed,
             Err(error) => return (Progress::stopped(0, Stop::Refused(error)), offset),
         };
-        let moved = cursor.truncated(allowed, |cursor| write_locked(inode, cursor, offset, how));
+        let mut moved =
+            cursor.truncated(allowed, |cursor| write_locked(inode, cursor, offset, how));
+        if moved.stop.is_none() && moved.done == allowed as u64 && cursor.count() > 0 {
+            moved.stop = Some(Stop::Limit);
+        }
         let end = offset + moved.done;
         (moved, end)
     }
@@ -428,6 +437,7 @@ impl<'a> Call<'a> {
                 self.way = Way::Cached;
                 self.interrupted()
             }
+            Stop::Limit => Some(None),
             Stop::Io(error) => Some(Some(Error::store(self.operation, error))),
             Stop::Refused(error) => Some(Some(error)),
         }
@@ -682,6 +692,8 @@ enum Stop {
     BadBuffer,
     /// A cached page would not go.
     Cached,
+    /// The file may not become longer: the call ends short. To ask for more would be a call of its own, and a signal.
+    Limit,
     Io(StoreError),
     Refused(Error),
 }

@@ -7,7 +7,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pinfold::{Advice, Delivery, Errno, MapAccess, MapOptions, Mapping};
+use pinfold::{
+    Advice, AlignedBuf, Delivery, Errno, MapAccess, MapOptions, Mapping, OpenOptions, Volume,
+};
+use pinfold_mem::region::signal::Handler;
 
 use super::rig::{PAGE, Rig, SMALL, load, pattern, store, watched};
 
@@ -66,6 +69,7 @@ fn child() {
         "descriptors" => descriptors(delivery),
         "addresses" => addresses(delivery),
         "file size" => file_size(delivery),
+        "direct writes at the limit" => direct_writes_at_the_limit(delivery),
         "mappings" => mappings(delivery),
         "map count" => map_count(delivery),
         "threads" => threads(delivery),
@@ -219,6 +223,28 @@ fn file_size(delivery: Delivery) {
     limit(libc::RLIMIT_FSIZE, before);
 }
 
+/// A call that goes in pieces is one call: it ends short at the limit, and only the next one is told of it by a signal.
+fn direct_writes_at_the_limit(_: Delivery) {
+    let signals = Handler::counting(libc::SIGXFSZ).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    // Every byte goes by way of a copy, in pieces.
+    let volume = Volume::builder()
+        .store_timeout(Duration::from_secs(3600))
+        .open_dir(dir.path())
+        .unwrap();
+    let options = OpenOptions::new().read(true).write(true).create(true);
+    let file = volume.open("f", &options.direct(true)).unwrap();
+    let mut buf = AlignedBuf::zeroed(4 * PAGE);
+    let before = limit(libc::RLIMIT_FSIZE, PAGE as u64);
+    let written = file.write_at(buf.as_mut_slice(), 0);
+    let told = signals.received();
+    let again = file.write_at(buf.as_mut_slice(), PAGE as u64);
+    let told_again = signals.received();
+    limit(libc::RLIMIT_FSIZE, before);
+    assert_eq!((written.unwrap(), told), (PAGE, 0));
+    assert_eq!((again.unwrap_err().errno(), told_again), (Errno::EFBIG, 1));
+}
+
 fn mappings(delivery: Delivery) {
     let working = Working::new(delivery);
     let file = working.rig.file("b", PAGE, 1);
@@ -361,6 +387,11 @@ fn without_addresses_what_is_mapped_works_and_more_is_refused() {
 #[test]
 fn the_limit_on_file_sizes_concerns_no_mapping() {
     in_a_child("file size");
+}
+
+#[test]
+fn a_direct_write_in_pieces_ends_short_at_the_limit_on_file_sizes() {
+    in_a_child("direct writes at the limit");
 }
 
 #[test]
