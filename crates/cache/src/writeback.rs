@@ -8,6 +8,8 @@
 //! only then marked clean and read: a store either comes before and is written, or faults, waits for the lock, and makes
 //! the page dirty again (F-2, F-8). A page that a device writes to is written as a copy and stays dirty (E-9).
 
+mod storing;
+
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,9 +18,9 @@ use std::time::{Duration, Instant};
 
 use pinfold_base::roomy::{self, Roomy};
 use pinfold_base::sync::{Condvar, Mutex};
-use pinfold_base::{Errno, PAGE_SIZE, Progress};
+use pinfold_base::{PAGE_SIZE, Progress};
 use pinfold_mem::{AlignedBuf, Frame, Segments};
-use pinfold_store::{Operation, StoreError, Transfer};
+use pinfold_store::{StoreError, Transfer};
 use smallvec::SmallVec;
 
 use crate::CacheError;
@@ -28,6 +30,7 @@ use crate::file::{Attempt, FilePages};
 use crate::folio::Folio;
 use crate::state::{DIRTY, ERROR, UMAP_ASYNC, UMAP_RW, WRITEBACK, write_pins};
 use crate::stores::Harvest;
+use storing::Storing;
 
 const PAGE: usize = PAGE_SIZE as usize;
 /// Pages in one write transfer at most: 4 MiB. A filesystem makes direct writes that extend a file wait for each other,
@@ -167,35 +170,13 @@ impl<'a> Run<'a> {
         counters.write_transfers.bump();
         counters.pages_written.add(frames.len() as u64);
         pass.begin();
-        let (file, pass, start) = (Arc::clone(self.file), Arc::clone(pass), self.start);
+        let storing = Storing::new(self.file, pass, self.start, frames, bytes);
         Some(Transfer {
-            offset: start * PAGE_SIZE,
+            offset: self.start * PAGE_SIZE,
             segments,
-            done: Box::new(move |outcome| {
-                let outcome = nothing_missing(outcome, start * PAGE_SIZE, bytes as u64);
-                file.end_write_back(start, &frames, &outcome);
-                // The pass may be all that its waiter needs: let go of the file first.
-                drop(file);
-                pass.end(outcome.stop);
-            }),
+            done: Box::new(move |outcome| storing.end(outcome)),
         })
     }
-}
-
-/// Makes an error of a transfer that ended short without a reason: what was not taken is not stored.
-fn nothing_missing(outcome: Progress<StoreError>, offset: u64, bytes: u64) -> Progress<StoreError> {
-    if outcome.stop.is_some() || outcome.done >= bytes {
-        return outcome;
-    }
-    Progress::stopped(
-        outcome.done,
-        StoreError {
-            operation: Operation::Write,
-            offset: offset + outcome.done,
-            len: bytes - outcome.done,
-            errno: Errno::EIO,
-        },
-    )
 }
 
 impl Drop for Run<'_> {
@@ -324,16 +305,11 @@ impl<'a> Sweep<'a> {
         cache.counters.write_transfers.bump();
         cache.counters.pages_written.bump();
         self.pass.begin();
-        let (file, pass) = (Arc::clone(self.file), Arc::clone(&self.pass));
+        let storing = Storing::new(self.file, &self.pass, page, vec![frame], len);
         self.batch.push(Transfer {
             offset: page * PAGE_SIZE,
             segments: Segments::of_buf(&Arc::new(copy), len),
-            done: Box::new(move |outcome| {
-                let outcome = nothing_missing(outcome, page * PAGE_SIZE, len as u64);
-                file.end_write_back(page, &[frame], &outcome);
-                drop(file);
-                pass.end(outcome.stop);
-            }),
+            done: Box::new(move |outcome| storing.end(outcome)),
         });
         self.sent += 1;
     }
@@ -571,11 +547,11 @@ impl Cache {
     /// The system refuses a thread.
     pub fn start_flusher(self: &Arc<Self>) -> std::io::Result<std::thread::JoinHandle<()>> {
         let cache = Arc::clone(self);
-        let thread = std::thread::Builder::new()
-            .name("pinfold-flush".into())
-            .spawn(move || cache.flush_loop())?;
         self.flusher.running.store(true, Ordering::Release);
-        Ok(thread)
+        std::thread::Builder::new()
+            .name("pinfold-flush".into())
+            .spawn(move || cache.flush_loop())
+            .inspect_err(|_| self.flusher.running.store(false, Ordering::Release))
     }
 
     /// Asks the background thread to end. What is dirty stays so; from now on whoever runs out of clean pages writes
@@ -695,6 +671,14 @@ impl Cache {
     }
 
     fn flush_loop(self: Arc<Self>) {
+        /// Without it, whoever runs out of clean pages writes some back himself: also after a panic, as of a store.
+        struct Running<'a>(&'a Flusher);
+        impl Drop for Running<'_> {
+            fn drop(&mut self) {
+                self.0.running.store(false, Ordering::Release);
+            }
+        }
+        let _running = Running(&self.flusher);
         // A handler of the program that faults in a mapping could wait for this very thread.
         pinfold_mem::quiet::keep_signals_away();
         loop {

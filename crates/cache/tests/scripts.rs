@@ -5,13 +5,18 @@
 #[path = "rig/rig.rs"]
 mod rig;
 
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use pinfold_base::Errno;
-use pinfold_cache::{CacheConfig, CacheError, FilePages, Lease, Mode, PinKind, ReadAhead, Want};
-use pinfold_store::Operation;
+use pinfold_cache::{
+    CacheConfig, CacheError, FilePages, Lease, Mode, Pace, PinKind, ReadAhead, Want,
+};
 use pinfold_store::testing::{Action, DeferredObject, FaultyObject, MemoryObject, On, Rule};
+use pinfold_store::{Geometry, Object, Operation, Seek, StoreResult, SyncScope, Transfer};
 use rig::{MOMENT, PAGE, PATIENCE, Rig, WANT, within, write};
 
 fn sync(file: &Arc<FilePages>) {
@@ -289,5 +294,106 @@ fn t51_a_page_pinned_4095_times_refuses_the_next_pin_and_keeps_its_counts() {
         }
         sync(&file);
         rig.is_at_rest();
+    });
+}
+
+/// A store that never ends a transfer: it lets go of it, or panics, as it is told.
+#[derive(Debug)]
+struct Careless {
+    stored: Arc<MemoryObject>,
+    asked: AtomicU64,
+    panics: AtomicBool,
+}
+
+impl Careless {
+    fn lose(&self, batch: Vec<Transfer>) {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        assert!(!self.panics.load(Ordering::SeqCst), "as it was told");
+        drop(batch);
+    }
+}
+
+impl Object for Careless {
+    fn geometry(&self) -> Geometry {
+        self.stored.geometry()
+    }
+
+    fn read(&self, batch: Vec<Transfer>) {
+        self.lose(batch);
+    }
+
+    fn write(&self, batch: Vec<Transfer>) {
+        self.lose(batch);
+    }
+
+    fn len(&self) -> StoreResult<u64> {
+        self.stored.len()
+    }
+
+    fn set_len(&self, len: u64) -> StoreResult<()> {
+        self.stored.set_len(len)
+    }
+
+    fn allocate(&self, range: Range<u64>) -> StoreResult<()> {
+        self.stored.allocate(range)
+    }
+
+    fn punch(&self, range: Range<u64>) -> StoreResult<()> {
+        self.stored.punch(range)
+    }
+
+    fn sync(&self, scope: SyncScope) -> StoreResult<()> {
+        self.stored.sync(scope)
+    }
+
+    fn seek(&self, what: Seek, offset: u64) -> StoreResult<Option<u64>> {
+        self.stored.seek(what, offset)
+    }
+}
+
+#[test]
+fn nobody_waits_for_a_transfer_that_the_store_never_ends() {
+    within(PATIENCE, || {
+        let rig = Rig::with(CacheConfig {
+            // Old at once: the flusher meets the store too, and has to outlive it.
+            dirty_age_max: Duration::ZERO,
+            flush_interval: Duration::from_millis(1),
+            ..CacheConfig::default()
+        });
+        let store = Arc::new(Careless {
+            stored: MemoryObject::with(&[1; 4 * PAGE]),
+            asked: AtomicU64::new(0),
+            panics: AtomicBool::new(false),
+        });
+        let file = FilePages::new(&rig.cache, Arc::clone(&store) as _, 4 * PAGE as u64);
+        let read = file.read(0, &WANT).map(drop).unwrap_err();
+        assert_eq!(read.errno(), Errno::EIO);
+        for panics in [false, true] {
+            store.panics.store(panics, Ordering::SeqCst);
+            let mut seen = file.errors().sample();
+            let asked = store.asked.load(Ordering::SeqCst);
+            write(&file, 0..3, 2);
+            while store.asked.load(Ordering::SeqCst) == asked {
+                // The flusher is the first to meet it.
+                std::thread::yield_now();
+            }
+            while rig.cache.dirty_pages() > 0 {
+                let sync = || file.write_back(0..u64::MAX, Mode::Integrity);
+                let _failed = catch_unwind(AssertUnwindSafe(sync));
+            }
+            let told = file.errors().check_and_advance(&mut seen);
+            assert_eq!(told, Some(Errno::EIO));
+        }
+        // Nor does anybody wait for the flusher, which has met the panic: there is more than may be dirty at once.
+        let stored = MemoryObject::with(b"");
+        let other = FilePages::new(&rig.cache, stored.clone(), 0);
+        for page in 0..200 {
+            rig.cache.throttle(&Pace::default()).unwrap();
+            write(&other, page..page + 1, 3);
+        }
+        sync(&other);
+        assert_eq!(stored.bytes(), vec![3; 200 * PAGE]);
+        drop((file, other));
+        rig.is_empty();
     });
 }

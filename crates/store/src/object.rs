@@ -272,19 +272,41 @@ pub trait Object: Send + Sync + fmt::Debug {
     fn seek(&self, what: Seek, offset: u64) -> StoreResult<Option<u64>>;
 }
 
-/// Runs `start` with a completion and waits until that is called.
+/// Runs `start` with a completion and waits until that is called; `EIO` when it is dropped instead.
 pub fn wait_for(start: impl FnOnce(Completion)) -> Progress<StoreError> {
     let slot = Arc::new((Mutex::new(None), Condvar::new()));
-    let theirs = Arc::clone(&slot);
-    start(Box::new(move |outcome| {
-        *theirs.0.lock() = Some(outcome);
-        theirs.1.notify_all();
-    }));
+    let answer = Answer(Arc::clone(&slot));
+    start(Box::new(move |outcome| answer.tell(outcome)));
     let mut outcome = slot.0.lock();
     loop {
         if let Some(outcome) = outcome.take() {
             return outcome;
         }
         outcome = slot.1.wait(outcome);
+    }
+}
+
+/// What is told to whoever waits: an error when it is dropped untold, as by a store that panics in a thread of its own.
+struct Answer(Arc<(Mutex<Option<Progress<StoreError>>>, Condvar)>);
+
+impl Answer {
+    fn tell(&self, outcome: Progress<StoreError>) {
+        self.0.0.lock().get_or_insert(outcome);
+        self.0.1.notify_all();
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        // Told already, it stays what it is, or nobody waits any more.
+        self.tell(Progress::stopped(
+            0,
+            StoreError {
+                operation: Operation::Attributes,
+                offset: 0,
+                len: 0,
+                errno: Errno::EIO,
+            },
+        ));
     }
 }
