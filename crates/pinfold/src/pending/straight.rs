@@ -14,9 +14,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use pinfold_base::{Errno, Progress, page_span};
 use pinfold_mem::{Direction, Loan, Segments, mapped};
-use pinfold_store::{StoreError, Transfer};
+use pinfold_store::{Operation, StoreError, Transfer};
 
-use super::{Attendance, Call, Job, Outcome, make};
+use super::{Attendance, Call, Job, Outcome, Submitted, make};
 use crate::error::Error;
 use crate::file::File;
 use crate::inode::Inode;
@@ -51,19 +51,16 @@ where
         offset,
     };
     let over = Arc::new(AtomicBool::new(false));
-    let done = {
-        let (submitted, over) = (Arc::clone(submitted), Arc::clone(&over));
-        Box::new(move |moved| {
-            // First: whoever waits need not reap any more, whatever comes of it.
-            over.store(true, Ordering::Release);
-            let rest = ended.judge(want, moved);
-            submitted.end_straight(rest);
-        })
+    let mut sent = Sent {
+        ended: Some(ended),
+        want,
+        over: Arc::clone(&over),
+        submitted: Arc::clone(submitted),
     };
     let transfer = Transfer {
         offset,
         segments,
-        done,
+        done: Box::new(move |moved| sent.end(moved)),
     };
     if let Some(queue) = inode.object().read_attended(transfer) {
         submitted.look_after(&queue);
@@ -101,6 +98,39 @@ fn suits(inode: &Inode, segments: &Segments, offset: u64) -> bool {
     let pages = page_span(offset, len as u64);
     let newer = inode.pages().next_dirty(pages.start);
     newer.is_none_or(|page| page >= pages.end)
+}
+
+/// A read that is with the store. Dropped untold, as by a store that panics, it has failed: somebody waits for it.
+struct Sent<B: AsMut<[u8]> + Send + 'static> {
+    ended: Option<Ended<B>>,
+    want: u64,
+    over: Arc<AtomicBool>,
+    submitted: Arc<Submitted>,
+}
+
+impl<B: AsMut<[u8]> + Send + 'static> Sent<B> {
+    fn end(&mut self, moved: Progress<StoreError>) {
+        let Some(ended) = self.ended.take() else {
+            return;
+        };
+        // First: whoever waits need not reap any more, whatever comes of it.
+        self.over.store(true, Ordering::Release);
+        let rest = ended.judge(self.want, moved);
+        self.submitted.end_straight(rest);
+    }
+}
+
+impl<B: AsMut<[u8]> + Send + 'static> Drop for Sent<B> {
+    fn drop(&mut self) {
+        let offset = self.ended.as_ref().map_or(0, |ended| ended.offset);
+        let error = StoreError {
+            operation: Operation::Read,
+            offset,
+            len: self.want,
+            errno: Errno::EIO,
+        };
+        self.end(Progress::stopped(0, error));
+    }
 }
 
 /// A read whose transfer has ended.

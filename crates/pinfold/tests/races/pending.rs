@@ -1,10 +1,12 @@
 //! Calls that nobody waits for at once, with a store that takes its time.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pinfold::testing::{DeferredObject, MemoryObject};
 use pinfold::{AlignedBuf, Errno, MEMORY_MIN, Object};
+use pinfold_store::{Geometry, Seek, StoreResult, SyncScope, Transfer};
 
 use crate::pins::Pair;
 use crate::rig::{MOMENT, PATIENCE, Rig, all, read, within};
@@ -227,6 +229,66 @@ fn a_read_without_a_thread_that_fails_tells_its_own_error() {
         slow.open();
         let told = reads.map(|read| read.wait().progress.posix().map_err(|error| error.errno()));
         assert_eq!(told, [Ok(P), Err(Errno::EIO), Ok(P)]);
+    });
+}
+
+/// A store that lets go of what it is to read.
+#[derive(Debug)]
+struct Careless(Arc<MemoryObject>);
+
+impl Object for Careless {
+    fn geometry(&self) -> Geometry {
+        self.0.geometry()
+    }
+
+    fn read(&self, batch: Vec<Transfer>) {
+        drop(batch);
+    }
+
+    fn write(&self, batch: Vec<Transfer>) {
+        self.0.write(batch);
+    }
+
+    fn len(&self) -> StoreResult<u64> {
+        self.0.len()
+    }
+
+    fn set_len(&self, len: u64) -> StoreResult<()> {
+        self.0.set_len(len)
+    }
+
+    fn allocate(&self, range: Range<u64>) -> StoreResult<()> {
+        self.0.allocate(range)
+    }
+
+    fn punch(&self, range: Range<u64>) -> StoreResult<()> {
+        self.0.punch(range)
+    }
+
+    fn sync(&self, scope: SyncScope) -> StoreResult<()> {
+        self.0.sync(scope)
+    }
+
+    fn seek(&self, what: Seek, offset: u64) -> StoreResult<Option<u64>> {
+        self.0.seek(what, offset)
+    }
+}
+
+#[test]
+fn a_read_that_the_store_lets_go_of_has_failed() {
+    within(PATIENCE, || {
+        let rig = Rig::new(Arc::new(Careless(MemoryObject::with(&[1; 2 * PAGE]))));
+        let direct = rig.open(true);
+        direct.set_len(2 * P).unwrap();
+        let buffers = Arc::new(AtomicUsize::new(0));
+        let submit = || direct.submit_read(Counted::new(1, 0, &buffers), P).unwrap();
+        let read = submit().wait();
+        assert_eq!(read.progress.posix().unwrap_err().errno(), Errno::EIO);
+        drop(read.buf);
+        drop(submit());
+        while buffers.load(Ordering::SeqCst) > 0 {
+            std::thread::yield_now();
+        }
     });
 }
 
