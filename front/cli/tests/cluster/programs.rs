@@ -41,16 +41,20 @@ fn push(clone: &Path, name: &str) {
             return;
         }
         let said = complaint(&pushed);
-        // Somebody else was faster. All else is a failure.
+        // Somebody else was faster; or gc removed a directory of objects, empty so far, after git had found it there and before
+        // it linked an object into it (mkdir, EEXIST, link, ENOENT), which git does not try again. All else is a failure.
         let late = [
             "fetch first",
             "non-fast-forward",
             "cannot lock ref",
             "incorrect old value",
+            "unable to migrate objects",
         ];
         assert!(late.iter().any(|why| said.contains(why)), "{said}");
         assert!(start.elapsed() < LIMIT, "others are always faster: {said}");
-        git(&["pull", "-q", "--rebase", "origin", "main"], clone);
+        if !said.contains("unable to migrate objects") {
+            git(&["pull", "-q", "--rebase", "origin", "main"], clone);
+        }
     }
 }
 
@@ -76,7 +80,7 @@ fn git_pushes_and_gc_from_two_mounts_leave_every_commit_in_a_sound_repository() 
         place.base.path(),
     );
     push(&first, "first");
-    let clones = [0, 1, 2].map(|which| {
+    let clones = [0, 1].map(|which| {
         let name = format!("clone{which}");
         git(
             &["clone", "-q", &bare(&nodes[which % 2]), &name],
@@ -90,12 +94,10 @@ fn git_pushes_and_gc_from_two_mounts_leave_every_commit_in_a_sound_repository() 
             scope.spawn(move || {
                 for number in 0..count {
                     push(clone, &format!("{which}-{number}"));
-                    if which < 2 {
-                        let cleared = try_git(&["gc", "-q"], bare(node).as_ref());
-                        let said = complaint(&cleared);
-                        let other = said.contains("already running");
-                        assert!(cleared.status.success() || other, "{said}");
-                    }
+                    let cleared = try_git(&["gc", "-q"], bare(node).as_ref());
+                    let said = complaint(&cleared);
+                    let other = said.contains("already running");
+                    assert!(cleared.status.success() || other, "{said}");
                 }
             });
         }
@@ -106,7 +108,7 @@ fn git_pushes_and_gc_from_two_mounts_leave_every_commit_in_a_sound_repository() 
         let told = git(&["log", "--format=%s", "main"], bare.as_ref());
         let mut told: Vec<&str> = told.lines().collect();
         told.sort_unstable();
-        let mut expected: Vec<String> = (0..3)
+        let mut expected: Vec<String> = (0..2)
             .flat_map(|which| (0..count).map(move |number| format!("{which}-{number}")))
             .chain(["first".to_owned()])
             .collect();
