@@ -205,7 +205,8 @@ impl VolumeBuilder {
     /// given up may still be stored later, but never over something newer.
     ///
     /// With a limit every byte is copied once more, so that a late device never touches memory that is used again, and
-    /// transfers under way come on top of the budget. Opening, looking up and changing names is not limited.
+    /// transfers under way come on top of the budget. Opening, looking up and changing names is not limited: those are system
+    /// calls of the calling thread, with its rights, and one that was given up might still make or move a file.
     #[must_use]
     pub fn store_timeout(mut self, limit: Duration) -> Self {
         self.store_timeout = Some(limit);
