@@ -461,18 +461,18 @@ impl Arena {
 
     /// Gives a frame back.
     pub fn free(&self, frame: Frame) {
-        self.free.lock().give(frame.0 as usize);
+        // Counted first, as below: whoever takes it at once must not count below nothing.
         self.free_hint.fetch_add(1, Ordering::Relaxed);
+        self.free.lock().give(frame.0 as usize);
     }
 
     /// Gives many frames back under one lock.
     pub fn free_all(&self, frames: &[Frame]) {
+        self.free_hint.fetch_add(frames.len(), Ordering::Relaxed);
         let mut free = self.free.lock();
         for frame in frames {
             free.give(frame.0 as usize);
         }
-        drop(free);
-        self.free_hint.fetch_add(frames.len(), Ordering::Relaxed);
     }
 
     /// Populates one more chunk, or granule once memory has gone elsewhere; false when the budget is used up and nothing
@@ -503,12 +503,11 @@ impl Arena {
             self.chunks_ready.fetch_add(1, Ordering::Release);
         }
         self.populated.fetch_add(frames.len(), Ordering::Relaxed);
+        self.free_hint.fetch_add(frames.len(), Ordering::Relaxed);
         let mut free = self.free.lock();
-        for frame in frames.clone() {
+        for frame in frames {
             free.give(frame);
         }
-        drop(free);
-        self.free_hint.fetch_add(frames.len(), Ordering::Relaxed);
         Ok(true)
     }
 
@@ -678,6 +677,27 @@ mod tests {
         );
         arena.free_all(&taken);
         assert_eq!(arena.frames_available(), total);
+    }
+
+    #[test]
+    fn no_more_frames_are_said_to_be_free_than_there_are() {
+        let arena = Arena::new(64 * PAGE_SIZE).unwrap();
+        arena.free(arena.alloc(1).unwrap().unwrap().start);
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    while !over.load(Ordering::Relaxed) {
+                        if let Some(run) = arena.alloc(64).unwrap() {
+                            run.frames().for_each(|frame| arena.free(frame));
+                        }
+                    }
+                });
+            }
+            let most = (0..1_000_000).map(|_| arena.free_frames()).max();
+            over.store(true, Ordering::Relaxed);
+            assert!(most <= Some(64), "{most:?}");
+        });
     }
 
     #[test]
