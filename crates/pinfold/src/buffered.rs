@@ -214,7 +214,8 @@ impl File {
             let segments = Segments::of_buf(&Arc::new(buf), len);
             let _blocked = inode.pages().gate().block();
             let written: Progress<Unstored> = past_cache(inode, pos, len, || {
-                let written = inode.object().write_wait(pos, &segments);
+                let mut written = inode.object().write_wait(pos, &segments);
+                written.done = written.done.min(len as u64);
                 written.map_stop(Unstored::Store)
             });
             cursor.restore(mark);

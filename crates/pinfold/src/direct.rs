@@ -730,7 +730,9 @@ fn transfer(
         },
     };
     let lending = Segments::lend_user(cursor, &limits, submit);
-    let moved = lending.outcome.unwrap_or(Progress::complete(0));
+    let mut moved = lending.outcome.unwrap_or(Progress::complete(0));
+    // What a store boasts of beyond that, nobody has asked of it.
+    moved.done = moved.done.min(lending.bytes as u64);
     let mut moved = moved.map_stop(|error| match error.errno {
         Errno::EFAULT => Stop::CopyFault,
         _ => Stop::Io(error),
