@@ -93,10 +93,17 @@ impl fmt::Debug for Glock {
 /// A held glock; dropping it lets go, and the node keeps the mode until another wants it.
 #[derive(Debug)]
 pub struct Guard<'a> {
-    glock: &'a Glock,
-    id: HolderId,
+    // Left before the order of locks hears of it.
+    place: Place<'a>,
     request: Request,
     _held: rank::Held,
+}
+
+/// A holder's place in the queue; dropping it leaves it.
+#[derive(Debug)]
+struct Place<'a> {
+    glock: &'a Glock,
+    id: HolderId,
 }
 
 /// A mode that stays although nobody holds it: no demotion below it begins before this is dropped.
@@ -104,6 +111,14 @@ pub struct Guard<'a> {
 pub struct Kept<'a> {
     glock: &'a Glock,
     mode: Mode,
+}
+
+/// A weak hold (MAY_DEMOTE): it excludes nobody, and goes away when another node or another call wants what it would exclude.
+/// For as long as its owner brings memory in; nothing may be done under it. Dropping it lets go.
+#[derive(Debug)]
+pub struct MayDemote<'a> {
+    place: Place<'a>,
+    request: Request,
 }
 
 /// An ASYNC request: in the queue, perhaps granted, not waited for. Dropping it takes it back.
@@ -180,8 +195,7 @@ impl Glock {
             self.finish(id, request, None)?;
         }
         Ok(Guard {
-            glock: self,
-            id,
+            place: Place { glock: self, id },
             request,
             _held: held,
         })
@@ -414,17 +428,31 @@ impl<'a> Guard<'a> {
     #[must_use]
     pub fn keep(&self) -> Kept<'a> {
         let mode = self.request.mode;
-        self.glock.state.lock().machine.keep(mode);
-        Kept {
-            glock: self.glock,
-            mode,
+        let glock = self.place.glock;
+        glock.state.lock().machine.keep(mode);
+        Kept { glock, mode }
+    }
+
+    /// Makes the hold weak while its owner brings memory in. To the order of locks nothing is held then.
+    #[must_use]
+    pub fn allow_demote(self) -> MayDemote<'a> {
+        let Self {
+            place,
+            request,
+            _held,
+        } = self;
+        let glock = place.glock;
+        let mut state = glock.state.lock();
+        if state.machine.allow_demote(place.id) {
+            glock.settle(state, glock.host.now(), Caller::Node);
         }
+        MayDemote { place, request }
     }
 
     /// The mode that the node has, at least what was asked for.
     #[must_use]
     pub fn mode(&self) -> Mode {
-        self.glock.mode()
+        self.place.glock.mode()
     }
 
     /// What was asked for.
@@ -436,11 +464,29 @@ impl<'a> Guard<'a> {
     /// The fencing token under which this holder stores.
     #[must_use]
     pub fn token(&self) -> Token {
-        self.glock.token()
+        self.place.glock.token()
     }
 }
 
-impl Drop for Guard<'_> {
+impl<'a> MayDemote<'a> {
+    /// Makes the hold strong again. What was known under it is as it was then. Class 2, as taking the glock is.
+    ///
+    /// Without waiting: `None` if it was taken away, and then everything has to be taken and looked at anew.
+    #[must_use]
+    #[track_caller]
+    pub fn disallow_demote(self) -> Option<Guard<'a>> {
+        let Self { place, request } = self;
+        let held = rank::enter(Rank::Glock);
+        let holds = place.glock.state.lock().machine.disallow_demote(place.id);
+        holds.then_some(Guard {
+            place,
+            request,
+            _held: held,
+        })
+    }
+}
+
+impl Drop for Place<'_> {
     #[inline]
     fn drop(&mut self) {
         self.glock.dequeue(self.id);
@@ -486,8 +532,10 @@ pub fn wait_all(queued: Vec<Queued<'_>>) -> Result<Vec<Guard<'_>>, Refusal> {
         one.owned = false;
         match one.glock.finish(one.id, one.request, Some(end)) {
             Ok(()) => guards.push(Guard {
-                glock: one.glock,
-                id: one.id,
+                place: Place {
+                    glock: one.glock,
+                    id: one.id,
+                },
                 request: one.request,
                 _held: held,
             }),
@@ -653,6 +701,47 @@ mod models {
     #[test]
     fn two_of_different_modes_are_both_served() {
         clients(Mode::Shared, Mode::Deferred, None);
+    }
+
+    /// MAY_DEMOTE: stripped or not, whoever waits is served, and the weak holder knows whether it holds.
+    fn beside_a_weak_holder(called_for: Option<Mode>) {
+        model(move || {
+            let (host, glock) = node();
+            let serving = Arc::clone(&host);
+            let server = thread::spawn(move || serving.serve());
+            let theirs = Arc::clone(&glock);
+            let client = thread::spawn(move || {
+                let guard = theirs.lock_as(1, Request::new(Mode::Exclusive));
+                let weak = guard.expect("granted").allow_demote();
+                if let Some(guard) = weak.disallow_demote() {
+                    assert_eq!(guard.mode(), Mode::Exclusive);
+                }
+            });
+            match called_for {
+                Some(wanted) => glock.demote(wanted),
+                None => drop(
+                    glock
+                        .lock_as(2, Request::new(Mode::Shared))
+                        .expect("granted"),
+                ),
+            }
+            client.join().expect("no panic");
+            host.stop();
+            server.join().expect("no panic");
+            let report = glock.report();
+            assert!(report.holders.is_empty() && report.demote.is_none());
+            assert_eq!(report.doing, crate::report::Doing::Nothing);
+        });
+    }
+
+    #[test]
+    fn a_weak_holder_keeps_no_other_waiting() {
+        beside_a_weak_holder(None);
+    }
+
+    #[test]
+    fn a_weak_holder_keeps_no_call_waiting() {
+        beside_a_weak_holder(Some(Mode::Exclusive));
     }
 
     #[test]

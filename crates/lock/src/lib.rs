@@ -26,9 +26,9 @@ pub mod service;
 mod space;
 
 pub use clock::{Clock, HandClock, Time};
-pub use glock::{Duties, Glock, Guard, Kept, Queued, lock_all, wait_all};
+pub use glock::{Duties, Glock, Guard, Kept, MayDemote, Queued, lock_all, wait_all};
 pub use machine::{QUEUE_MAX, Refusal};
 pub use mode::{Flags, Mode, Request};
 pub use report::{Counts, DemoteReport, Doing, HolderReport, Report};
-pub use service::{FenceCounts, JoinError, LockService, Name};
+pub use service::{FenceCounts, JoinError, LockService, Name, Traffic};
 pub use space::{Options, Space, WORKERS_MAX};

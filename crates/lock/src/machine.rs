@@ -32,6 +32,7 @@ use crate::service::{Name, Reply, Token, Wait};
 mod explore;
 #[cfg(all(test, not(loom)))]
 mod keeping;
+mod may_demote;
 
 /// Holders and waiters of one glock on one node at once; one more is told ENOLCK.
 pub const QUEUE_MAX: usize = 1 << 12;
@@ -57,6 +58,8 @@ pub struct Holder {
     /// Whoever must not ask twice: a thread, or an operation.
     pub owner: u64,
     granted: bool,
+    /// MAY_DEMOTE: holds until somebody else wants what it excludes.
+    weak: bool,
     since: Time,
 }
 
@@ -248,15 +251,20 @@ impl Machine {
         if request.mode == Mode::Unlocked {
             return Enqueued::Refused(Refusal::Failed(Errno::EINVAL));
         }
-        // gfs2 stops the machine here: whoever holds a lock and waits for it again waits for itself.
-        if self.queue.iter().any(|other| other.owner == owner) {
+        // gfs2 stops the machine here: whoever holds a lock and waits for it again waits for itself. A weak hold of its own
+        // goes on beside it, or away.
+        if self
+            .queue
+            .iter()
+            .any(|other| other.owner == owner && !other.weak)
+        {
             return Enqueued::Refused(Refusal::Failed(Errno::EDEADLK));
         }
         let waiters = self.queue.len() > self.holders;
         let rest = self.stage == Stage::Rest && !self.must_fall();
         let granted = rest && !waiters && self.grants(request);
         if !granted {
-            let waits = !rest || !self.queue.is_empty();
+            let waits = !rest || self.queue.iter().any(|other| !other.weak);
             if request.flags.tries() && waits {
                 self.counts.tries_failed += 1;
                 return Enqueued::Refused(Refusal::TryFailed);
@@ -272,6 +280,7 @@ impl Machine {
             request,
             owner,
             granted,
+            weak: false,
             since: Time::ZERO,
         });
         if granted {
@@ -456,6 +465,7 @@ impl Machine {
         self.demote = None;
         self.kept = None;
         self.refuse(self.holders, |_| true, Refusal::Failed(errno));
+        self.take_weak_away();
     }
 
     /// Tells whether a holder need not ask [`Machine::begin_refresh`].
@@ -494,6 +504,7 @@ impl Machine {
             request: holder.request,
             owner: holder.owner,
             holds: holder.granted,
+            may_demote: holder.weak,
             waits: (!holder.granted).then(|| now.since(holder.since)),
         });
         Report {
@@ -554,10 +565,13 @@ impl Machine {
         if self.stage != Stage::Rest || self.withdrawn.is_some() || self.withdraw.is_some() {
             return None;
         }
-        if let Some(demote) = &mut self.demote {
-            if matches!(demote.due, Due::At(at) if at <= now) {
-                demote.due = Due::Now;
-            }
+        if let Some(demote) = &mut self.demote
+            && matches!(demote.due, Due::At(at) if at <= now)
+        {
+            demote.due = Due::Now;
+        }
+        self.strip(now);
+        if let Some(demote) = &self.demote {
             let to = demote.to;
             if self.mode == Mode::Unlocked || self.mode == to {
                 self.demote = None;

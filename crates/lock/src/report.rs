@@ -25,6 +25,8 @@ pub struct Counts {
     pub demotions: u64,
     /// Times the inode was read again.
     pub refreshes: u64,
+    /// Weak holders that were taken away, by a demotion or by a request of this node.
+    pub stripped: u64,
     /// Replies that were not what was asked for.
     pub surprises: u64,
     /// The longest wait of a request that was granted.
@@ -72,6 +74,8 @@ pub struct HolderReport {
     pub owner: u64,
     /// Whether it holds.
     pub holds: bool,
+    /// Whether it is weak: it goes away as soon as somebody wants what it excludes.
+    pub may_demote: bool,
     /// How long it has waited, if it does.
     pub waits: Option<Duration>,
 }
@@ -148,8 +152,9 @@ impl fmt::Display for Report {
             }
             write!(
                 f,
-                "{} p:{}",
+                "{}{} p:{}",
                 if holder.holds { 'H' } else { 'W' },
+                if holder.may_demote { "D" } else { "" },
                 holder.owner
             )?;
             if let Some(waits) = holder.waits {

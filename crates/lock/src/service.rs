@@ -113,6 +113,17 @@ pub struct FenceCounts {
     pub waited: u64,
 }
 
+/// Messages about locks between a node and its service since it joined. Keeping the membership alive is none of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Changes asked for: claims, falls, recoveries; each sending counts.
+    pub changes: u64,
+    /// Questions that change nothing.
+    pub reads: u64,
+    /// Changes told of, the node's own among them.
+    pub told: u64,
+}
+
 /// One node's membership.
 pub trait Session: Send + Sync + fmt::Debug {
     /// Asks to change `name` from one mode to another and returns at once; the answer is one [`Events::reply`], perhaps
@@ -126,6 +137,11 @@ pub trait Session: Send + Sync + fmt::Debug {
     /// Tells what this node did about others' deaths; nothing where the service has no such thing.
     fn fencing(&self) -> FenceCounts {
         FenceCounts::default()
+    }
+
+    /// Tells what was said so far; nothing where nothing travels.
+    fn traffic(&self) -> Traffic {
+        Traffic::default()
     }
 
     /// Leaves in good order: every lock was given up.

@@ -22,7 +22,9 @@ use crate::glock::{Duties, Glock, Host};
 use crate::machine::{Machine, Work};
 use crate::mode::Mode;
 use crate::report::Report;
-use crate::service::{Events, FenceCounts, JoinError, LockService, Name, Reply, Session, Wait};
+use crate::service::{
+    Events, FenceCounts, JoinError, LockService, Name, Reply, Session, Traffic, Wait,
+};
 
 /// Threads that do duties.
 pub const WORKERS_MAX: usize = 64;
@@ -218,6 +220,13 @@ impl Space {
     pub fn fencing(&self) -> FenceCounts {
         let session = self.node.session.get();
         session.map(|session| session.fencing()).unwrap_or_default()
+    }
+
+    /// Tells what this node and its service said to each other about locks.
+    #[must_use]
+    pub fn traffic(&self) -> Traffic {
+        let session = self.node.session.get();
+        session.map(|session| session.traffic()).unwrap_or_default()
     }
 
     /// Gives every lock up, for at most `patience`. Those that are asked for meanwhile are given up again.

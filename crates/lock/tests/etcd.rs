@@ -5,6 +5,8 @@
 
 #[path = "cluster/cluster.rs"]
 mod cluster;
+#[path = "cluster/refused.rs"]
+mod refused;
 #[path = "cluster/server.rs"]
 mod server;
 
@@ -15,7 +17,7 @@ use std::time::{Duration, Instant};
 use cluster::{Cache, Node, PATIENCE, Stored, name, node, operations, race};
 use pinfold_base::Errno;
 use pinfold_lock::Mode::{self, Deferred, Exclusive, Shared};
-use pinfold_lock::service::etcd::{Etcd, Fence, Tls};
+use pinfold_lock::service::etcd::{Etcd, Fence};
 use pinfold_lock::{FenceCounts, Flags, Glock, Options, Refusal, Request, Space};
 use server::{Cut, Server};
 
@@ -252,255 +254,35 @@ fn a_node_that_leaves_keeps_nobody_waiting() {
     again.leave(PATIENCE).unwrap();
 }
 
-fn refusal(service: &Etcd, member: &str) -> (Errno, String) {
-    let error = Space::join(service, member, Options::default()).unwrap_err();
-    (error.errno, error.to_string())
-}
-
+/// By count: what is on the way from one node to the other is a claim, which is the call, and a fall, which is the grant.
 #[test]
-fn what_cannot_work_is_told_at_the_start() {
+fn t61_a_hand_over_is_two_transactions_and_no_reading() {
     let server = Server::start();
-    let good = volume(&server);
-    let _first = Space::join(&good, "first", Options::default()).unwrap();
-
-    let (errno, why) = refusal(&good, "first");
-    assert_eq!(errno, Errno::EEXIST);
-    assert!(
-        why.contains(&format!("process {}", std::process::id())),
-        "{why}"
-    );
-
-    let other = Etcd {
-        volume: "volume-2".to_owned(),
-        ..good.clone()
-    };
-    let (errno, why) = refusal(&other, "second");
-    assert_eq!(errno, Errno::EXDEV);
-    assert!(
-        why.contains("volume-1") && why.contains("volume-2"),
-        "{why}"
-    );
-
-    for (prefix, key, value, expected) in [
-        ("/else", "/else/config", "x", Errno::EUCLEAN),
-        ("/odd", "/odd/volume", "hello", Errno::EUCLEAN),
-        (
-            "/new",
-            "/new/volume",
-            "pinfold-lock 3 volume-1",
-            Errno::EOPNOTSUPP,
-        ),
-        (
-            "/old",
-            "/old/volume",
-            "pinfold-lock 1 volume-1",
-            Errno::EOPNOTSUPP,
-        ),
-    ] {
-        server.put(key, value);
-        let service = Etcd {
-            prefix: prefix.to_owned(),
-            ..good.clone()
-        };
-        let (errno, why) = refusal(&service, "second");
-        assert_eq!(errno, expected, "{prefix} {why}");
-        assert!(why.contains(prefix), "{why}");
+    let ([a, b], _stored) = two_nodes(&volume(&server));
+    let glocks = [&a.files[0].0, &b.files[0].0];
+    for glock in glocks {
+        drop(glock.lock(Request::new(Exclusive)).unwrap());
     }
-    server.put("/bad/volume", "pinfold-lock 2 volume-1");
-    server.put("/bad/lock/12/what", "");
-    let bad = Etcd {
-        prefix: "/bad".to_owned(),
-        ..good.clone()
+    let said = || {
+        let [a, b] = [&a, &b].map(|node| node.space.traffic());
+        (a.changes + b.changes, a.reads + b.reads)
     };
-    assert_eq!(refusal(&bad, "second").0, Errno::EUCLEAN);
-    // Who was refused leaves nothing behind.
-    for kept in ["/bad/member/", "/bad/node/"] {
-        assert_eq!(server.keys(kept), Vec::<String>::new());
-    }
-    assert_eq!(server.keys("/test/node/").len(), 1);
-    assert_eq!(server.keys("/test/member/"), ["/test/member/first"]);
-
-    for member in ["", "a.b", "a/b", "a b", &"x".repeat(65)] {
-        assert_eq!(refusal(&good, member).0, Errno::EINVAL, "{member}");
-    }
-}
-
-#[test]
-fn no_server_is_told_at_the_start() {
-    let host = server::own_host();
-    let nobody = server::free_port(host);
-    let service = Etcd {
-        lease: Duration::from_secs(4),
-        ..Etcd::new(&[&format!("{host}:{nobody}")], "/test", "volume-1")
-    };
-    let (errno, why) = refusal(&service, "one");
-    assert_eq!(errno, Errno::ENOTCONN);
-    assert!(why.contains("no etcd server answers"), "{why}");
-    // One that takes connections and says nothing.
-    let mute = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let service = Etcd {
-        endpoints: vec![mute.local_addr().unwrap().to_string()],
-        ..service
-    };
-    assert_eq!(refusal(&service, "one").0, Errno::ENOTCONN);
-}
-
-#[test]
-fn what_others_do_to_our_keys_makes_the_node_withdraw() {
-    let server = Server::start();
-    for (case, expected) in [
-        ("garbage", Errno::EUCLEAN),
-        ("garbled", Errno::EUCLEAN),
-        ("robbed", Errno::ENOTCONN),
-        ("expelled", Errno::ENOTCONN),
-        ("renamed", Errno::EUCLEAN),
-    ] {
-        let service = Etcd {
-            prefix: format!("/{case}"),
-            ..volume(&server)
-        };
-        let stored = [Arc::default()];
-        let node = node(&service, 0, &stored);
-        drop(node.files[0].0.lock(Request::new(Exclusive)).unwrap());
-        let claim = server.keys(&format!("/{case}/lock/")).remove(0);
-        match case {
-            "garbage" => server.put("/garbage/lock/xyz", "1"),
-            "garbled" => server.put("/garbled/lock/1.0/other.12", "everything"),
-            "robbed" => server.delete(&claim),
-            "expelled" => server.delete("/expelled/member/node0"),
-            _ => server.put("/renamed/volume", "pinfold-lock 2 another"),
+    let hand_overs = || {
+        let before = said();
+        for turn in 0..20 {
+            drop(glocks[turn % 2].lock(Request::new(Exclusive)).unwrap());
         }
-        until(case, || node.space.check().is_err());
-        assert_eq!(node.space.check(), Err(expected), "{case}");
-        let refused = node.files[0].0.lock(Request::new(Shared));
-        assert_eq!(refused.unwrap_err(), Refusal::Failed(Errno::EIO), "{case}");
-    }
-}
-
-#[test]
-fn a_claim_that_was_left_by_a_late_message_is_taken_back() {
-    let server = Server::start();
-    let service = volume(&server);
-    let ([a, b], _stored) = two_nodes(&service);
-    let (glock, cache) = &b.files[0];
-    drop(glock.lock(Request::new(Exclusive)).unwrap());
-    let claim = server.keys("/test/lock/").remove(0);
-    b.space.retire(glock);
-    until("it is given up", || server.keys("/test/lock/").is_empty());
-    server.put(&claim, "EX queue 1");
-    let (a_glock, a_cache) = &a.files[0];
-    let granted = lock_later(a_glock, a_cache, Exclusive);
-    assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
-    let granted = lock_later(glock, cache, Exclusive);
-    assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
-    assert_eq!(name(1), glock.name());
-}
-
-#[test]
-fn a_user_needs_the_right_password() {
-    let server = Server::start();
-    server.require_user("root", "secret");
-    let anonymous = volume(&server);
-    assert_eq!(refusal(&anonymous, "one").0, Errno::EACCES);
-    let wrong = Etcd {
-        user: Some(("root".to_owned(), "guess".to_owned())),
-        ..anonymous.clone()
+        let after = said();
+        (after.0 - before.0, after.1 - before.1)
     };
-    assert_eq!(refusal(&wrong, "one").0, Errno::EACCES);
-    let right = Etcd {
-        user: Some(("root".to_owned(), "secret".to_owned())),
-        ..anonymous
-    };
-    let ([a, b], _stored) = two_nodes(&right);
-    drop(a.files[0].0.lock(Request::new(Exclusive)).unwrap());
-    let granted = lock_later(&b.files[0].0, &b.files[0].1, Shared);
-    assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
-}
-
-#[test]
-fn a_user_that_loses_its_rights_makes_the_node_withdraw() {
-    let server = Server::start();
-    server.add_user("node", "secret", "/test/");
-    server.require_user("root", "secret");
-    let service = Etcd {
-        user: Some(("node".to_owned(), "secret".to_owned())),
-        ..volume(&server)
-    };
-    let stored = [Arc::default()];
-    let node = node(&service, 0, &stored);
-    let (glock, _) = &node.files[0];
-    drop(glock.lock(Request::new(Exclusive)).unwrap());
-    server.revoke("node", "/test/");
-    // The cached lock asks nobody; what has to be asked for is refused.
-    drop(glock.lock(Request::new(Exclusive)).unwrap());
-    node.space.retire(glock);
-    until("it withdraws", || node.space.check().is_err());
-    assert_eq!(node.space.check(), Err(Errno::EACCES));
-}
-
-#[test]
-fn a_change_of_others_rights_is_survived() {
-    let server = Server::start_with_dated_tokens();
-    server.require_user("root", "secret");
-    let service = Etcd {
-        user: Some(("root".to_owned(), "secret".to_owned())),
-        ..volume(&server)
-    };
-    let ([a, b], _stored) = two_nodes(&service);
-    // After each change the tokens that the nodes have are refused.
-    for (turn, (nodes, mode)) in [([&a, &b], Exclusive), ([&b, &a], Shared)]
-        .into_iter()
-        .enumerate()
-    {
-        server.add_role(&format!("another-{turn}"));
-        for node in nodes {
-            let (glock, cache) = &node.files[0];
-            let granted = lock_later(glock, cache, mode);
-            assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
-        }
-    }
-    for node in [&a, &b] {
-        assert_eq!(node.space.check(), Ok(()));
-    }
-}
-
-#[test]
-fn certificates_are_checked_on_both_sides() {
-    let server = Server::start_secure();
-    let tls = server.tls();
-    let service = Etcd {
-        endpoints: vec![format!("https://{}", server.endpoint())],
-        tls: Some(tls.clone()),
-        ..volume(&server)
-    };
-    let ([a, b], _stored) = two_nodes(&service);
-    drop(a.files[0].0.lock(Request::new(Exclusive)).unwrap());
-    let granted = lock_later(&b.files[0].0, &b.files[0].1, Shared);
-    assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
-    assert!(
-        !format!("{service:?}").contains("PRIVATE"),
-        "a key is in a log"
-    );
-
-    for tls in [
-        // Whom nobody vouches for.
-        Tls {
-            authority: None,
-            ..tls.clone()
-        },
-        // Who does not say who it is.
-        Tls {
-            identity: None,
-            ..tls
-        },
-    ] {
-        let service = Etcd {
-            lease: Duration::from_secs(4),
-            tls: Some(tls),
-            ..service.clone()
-        };
-        assert_eq!(refusal(&service, "third").0, Errno::ENOTCONN);
-    }
+    // At first each finds out what was there before; and what a busy machine answers late is sent again.
+    let least = (0..5).map(|_| hand_overs()).min();
+    assert_eq!(least, Some((40, 0)));
+    until("each change is told once to each", || {
+        [&a, &b]
+            .iter()
+            .all(|node| node.space.traffic().told >= 4 * 40)
+    });
 }
 
 #[test]
@@ -609,22 +391,28 @@ fn h13_t63_a_fence_command_comes_before_the_grant_and_is_run_once() {
     });
 }
 
+/// A node that has got the lock of one that died without a word, after the grace.
+fn heir(server: &Server, script: &Script) -> Node {
+    let stored = [Arc::default()];
+    let survivor = Etcd {
+        fence: script.fence(),
+        ..volume(server)
+    };
+    let a = node(&mortal(server), 0, &stored);
+    let b = node(&survivor, 1, &stored);
+    drop(a.files[0].0.lock(Request::new(Exclusive)).unwrap());
+    drop(a);
+    let granted = lock_later(&b.files[0].0, &b.files[0].1, Exclusive);
+    assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
+    b
+}
+
 #[test]
 fn t63_a_fence_command_that_fails_leaves_the_lease_and_the_grace() {
     let server = Server::start();
     let script = Script::new(1);
-    let stored = [Arc::default()];
-    let survivor = Etcd {
-        fence: script.fence(),
-        ..volume(&server)
-    };
-    let a = node(&mortal(&server), 0, &stored);
-    let b = node(&survivor, 1, &stored);
-    drop(a.files[0].0.lock(Request::new(Exclusive)).unwrap());
     script.go();
-    drop(a);
-    let granted = lock_later(&b.files[0].0, &b.files[0].1, Exclusive);
-    assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
+    let b = heir(&server, &script);
     until("it is counted", || {
         let counts = b.space.fencing();
         (counts.fenced, counts.failed, counts.waited) == (0, 1, 1)
@@ -636,17 +424,7 @@ fn t63_a_fence_command_that_fails_leaves_the_lease_and_the_grace() {
 fn t63_nobody_waits_longer_than_the_grace_for_a_fence_command() {
     let server = Server::start();
     let script = Script::new(0);
-    let stored = [Arc::default()];
-    let survivor = Etcd {
-        fence: script.fence(),
-        ..volume(&server)
-    };
-    let a = node(&mortal(&server), 0, &stored);
-    let b = node(&survivor, 1, &stored);
-    drop(a.files[0].0.lock(Request::new(Exclusive)).unwrap());
-    drop(a);
-    let granted = lock_later(&b.files[0].0, &b.files[0].1, Exclusive);
-    assert_eq!(granted.recv_timeout(PATIENCE).unwrap(), Ok(0));
+    let b = heir(&server, &script);
     until("it is b's turn", || {
         !script.said().is_empty() && server.keys("/test/fence/").len() == 1
     });

@@ -6,7 +6,7 @@
 
 use pinfold_base::{PAGE_SIZE, Progress};
 use pinfold_cache::{CacheError, PageRef, Want};
-use pinfold_lock::Mode;
+use pinfold_lock::{MayDemote, Mode};
 use pinfold_mem::{AlignedBuf, CopyStop, IovCursor, Segments};
 use pinfold_store::StoreError;
 use std::sync::Arc;
@@ -138,6 +138,7 @@ impl File {
             done: 0,
             stalls: Stalls::default(),
             held_back: 0,
+            weak: None,
         };
         let stop = loop {
             match write.locked_rounds(cursor) {
@@ -307,12 +308,15 @@ struct Write<'a> {
     stalls: Stalls,
     /// Bytes the limits took off the cursor's count.
     held_back: usize,
+    /// What is left of the glock while memory is brought in (MAY_DEMOTE).
+    weak: Option<MayDemote<'a>>,
 }
 
 impl Write<'_> {
     /// Runs rounds under the inode's lock until all is written, something stops it, or memory has to be brought in.
     fn locked_rounds(&mut self, cursor: &mut IovCursor<'_>) -> Rounds {
-        let inode = self.file.inode();
+        let file = self.file;
+        let inode = file.inode();
         let _exclusive = if self.how.nowait {
             match inode.try_lock_exclusive() {
                 Some(guard) => guard,
@@ -321,8 +325,9 @@ impl Write<'_> {
         } else {
             inode.lock_exclusive()
         };
-        // Taken anew in each series: between two of them other nodes may have cut the file (B-7).
-        let _held = match inode.hold_pages(Mode::Exclusive, self.how.nowait) {
+        // Taken anew in each series, unless nobody wanted it: between two of them other nodes may have cut the file (B-7).
+        let weak = self.weak.take();
+        let held = match inode.hold_pages_again(weak, Mode::Exclusive, self.how.nowait) {
             Ok(held) => held,
             Err(error) => return Rounds::Ended(Some(Error::cache("write", error))),
         };
@@ -332,6 +337,9 @@ impl Write<'_> {
         let before = inode.len();
         let ended = self.rounds(cursor);
         inode.note_growth(before);
+        if let Rounds::Fault(..) = ended {
+            self.weak = inode.weaken(held);
+        }
         ended
     }
 

@@ -26,6 +26,8 @@ pub struct Engine {
     pub(crate) file_size_limit: bool,
     /// Whether direct writes bring their sources in with the gate blocked.
     pub(crate) faults_disabled_mapping: bool,
+    /// Whether a write keeps a weak hold of its file's glock while it brings memory in.
+    pub(crate) may_demote: bool,
     room: Room,
     /// How long the store may take, where that is limited.
     pub(crate) time_limit: Option<Arc<TimeLimit>>,
@@ -75,6 +77,7 @@ impl Engine {
         cache: Arc<Cache>,
         file_size_limit: bool,
         faults_disabled_mapping: bool,
+        may_demote: bool,
         privileges: RangeInclusive<Privilege>,
         time_limit: Option<Arc<TimeLimit>>,
     ) -> Arc<Self> {
@@ -83,6 +86,7 @@ impl Engine {
             file_size_limit,
             time_limit,
             faults_disabled_mapping,
+            may_demote,
             process: Process::current(),
             submitted: Arc::default(),
             pinned_pages: AtomicU64::new(0),

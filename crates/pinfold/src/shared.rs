@@ -19,6 +19,9 @@
 //! | size, attributes, sync, seek to data | SH, or DF if the node has that |
 //! | change of names | EX of the directories |
 //!
+//! With [`VolumeBuilder::may_demote`](crate::VolumeBuilder::may_demote) a write that brings its source in leaves a weak hold behind,
+//! which is no hold: everything is looked at anew unless it is still there afterwards.
+//!
 //! A volume without glocks pays one look at an absent option for each call.
 
 use std::fmt;
@@ -27,7 +30,9 @@ use std::sync::{Arc, Weak};
 
 use pinfold_base::{Errno, Progress};
 use pinfold_cache::CacheError;
-use pinfold_lock::{Duties, Flags, Glock, Guard, Kept, Mode, Name, Refusal, Request, Space};
+use pinfold_lock::{
+    Duties, Flags, Glock, Guard, Kept, MayDemote, Mode, Name, Refusal, Request, Space,
+};
 use pinfold_mem::Segments;
 use pinfold_store::dir::namespace::FileId;
 use pinfold_store::{
@@ -170,6 +175,30 @@ impl Inode {
             self.pages().reopen();
         }
         Ok(Some(guard))
+    }
+
+    /// Lets go of the glock, or has a weak hold left where the volume says so: for a call that is about to bring memory in.
+    pub(crate) fn weaken<'a>(&self, held: Hold<'a>) -> Option<MayDemote<'a>> {
+        let held = held.filter(|_| self.engine().may_demote)?;
+        Some(held.allow_demote())
+    }
+
+    /// Takes the glock again after memory was brought in; `weak` is what was left of the hold.
+    pub(crate) fn hold_pages_again<'a>(
+        &'a self,
+        weak: Option<MayDemote<'a>>,
+        mode: Mode,
+        nowait: bool,
+    ) -> std::result::Result<Hold<'a>, CacheError> {
+        match weak.and_then(MayDemote::disallow_demote) {
+            None => self.hold_pages(mode, nowait),
+            Some(held) => {
+                if let Some(shared) = self.shared() {
+                    check(&shared.space).map_err(CacheError::Refused)?;
+                }
+                Ok(Some(held))
+            }
+        }
     }
 
     /// Keeps the file's glock in `mode` for memory that stays pinned.

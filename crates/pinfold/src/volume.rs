@@ -99,6 +99,7 @@ pub struct VolumeBuilder {
     io_uring: bool,
     file_size_limit: bool,
     faults_disabled_mapping: bool,
+    may_demote: bool,
     privileges: RangeInclusive<Privilege>,
     layer: Option<ObjectLayer>,
     store_timeout: Option<Duration>,
@@ -273,6 +274,15 @@ impl VolumeBuilder {
         self
     }
 
+    /// Sets whether a buffered write that has to bring its source in keeps a weak hold of its file's glock meanwhile
+    /// (MAY_DEMOTE, SEMANTICS.md section H), instead of letting go of it. Results are the same; docs/decisions/0010 says what it
+    /// is worth. Off unless set; without glocks it means nothing.
+    #[must_use]
+    pub fn may_demote(mut self, on: bool) -> Self {
+        self.may_demote = on;
+        self
+    }
+
     /// Has `told` called before this node gives up what it may cache of an inode ([`VolumeBuilder::glocks`]).
     #[must_use]
     pub fn demoted(mut self, told: Demoted) -> Self {
@@ -339,6 +349,7 @@ impl VolumeBuilder {
             cache,
             self.file_size_limit,
             self.faults_disabled_mapping,
+            self.may_demote,
             self.privileges,
             limit,
         );
@@ -373,6 +384,7 @@ impl Volume {
             io_uring: true,
             file_size_limit: true,
             faults_disabled_mapping: false,
+            may_demote: false,
             privileges: Privilege::ANY,
             layer: None,
             store_timeout: None,

@@ -38,12 +38,16 @@ struct Left {
     ticks: u8,
     faults: u8,
     recoveries: u8,
+    /// Times that a holder becomes weak.
+    weak: u8,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Event {
     Enqueue(usize),
     Dequeue(HolderId),
+    AllowDemote(HolderId),
+    DisallowDemote(HolderId),
     Remote(Mode),
     Tick,
     Left(bool),
@@ -53,7 +57,13 @@ enum Event {
 }
 
 type Key = (
-    (Mode, Stage, Option<(Mode, u8)>, Vec<(u64, bool)>, bool),
+    (
+        Mode,
+        Stage,
+        Option<(Mode, u8)>,
+        Vec<(u64, bool, bool)>,
+        bool,
+    ),
     (Vec<(HolderId, Refusal)>, Known, Option<u64>, Option<Reply>),
     (Option<Errno>, Option<Work>, bool, Vec<bool>, Left),
 );
@@ -85,7 +95,7 @@ impl World {
         let queue = machine
             .queue
             .iter()
-            .map(|holder| (holder.id.0, holder.granted))
+            .map(|holder| (holder.id.0, holder.granted, holder.weak))
             .collect();
         let young = self.now < machine.granted_at.after(machine.hold);
         let asking = self.asking.iter().map(Option::is_some).collect();
@@ -110,6 +120,11 @@ impl World {
         }
         for holder in &self.machine.queue {
             events.push(Event::Dequeue(holder.id));
+            if holder.weak {
+                events.push(Event::DisallowDemote(holder.id));
+            } else if holder.granted && self.left.weak > 0 {
+                events.push(Event::AllowDemote(holder.id));
+            }
         }
         if self.left.calls > 0 {
             for mode in [Mode::Shared, Mode::Deferred, Mode::Exclusive] {
@@ -168,6 +183,13 @@ impl World {
             }
             Event::Dequeue(id) => {
                 machine.dequeue(id);
+            }
+            Event::AllowDemote(id) => {
+                self.left.weak -= 1;
+                machine.allow_demote(id);
+            }
+            Event::DisallowDemote(id) => {
+                assert!(machine.disallow_demote(id), "it is in the queue");
             }
             Event::Remote(mode) => {
                 self.left.calls -= 1;
@@ -282,6 +304,7 @@ impl World {
         if machine.withdrawn.is_some() {
             assert_eq!(machine.queue.len(), machine.holders, "withdrawn, one waits");
         }
+        self.check_stripped(before, event);
         // H-7: a demotion that is due is not overtaken from within.
         let was_due = before.machine.must_fall() && before.machine.holders > 0;
         if was_due && matches!(event, Event::Enqueue(_)) {
@@ -295,6 +318,33 @@ impl World {
                     || before.machine.queue.iter().chain(&machine.queue).any(noexp),
                 "granted during a recovery"
             );
+        }
+    }
+
+    /// MAY_DEMOTE: whoever holds goes by himself, or is weak and in the way of somebody.
+    fn check_stripped(&self, before: &Self, event: Event) {
+        let (machine, holders) = (&self.machine, self.machine.holders);
+        for one in before.machine.queue.range(..before.machine.holders) {
+            let stays = machine.queue.iter().any(|other| other.id == one.id);
+            if stays || event == Event::Dequeue(one.id) || machine.withdrawn.is_some() {
+                continue;
+            }
+            let weak = one.weak || event == Event::AllowDemote(one.id);
+            assert!(weak, "{one:?} held and is gone");
+            let excluded = |other: &Holder| {
+                !serves(before.machine.mode, other.request)
+                    || !go_together(one.request, other.request)
+            };
+            let in_the_way = machine.stage != Stage::Rest
+                || machine.queue.iter().any(excluded)
+                || !machine.refused.is_empty();
+            assert!(in_the_way, "{one:?} was in nobody's way");
+        }
+        let waiter = machine.queue.get(holders);
+        let weak = |one: &Holder| one.weak;
+        if holders > 0 && machine.withdrawn.is_none() && machine.queue.range(..holders).all(weak) {
+            let waits = waiter.is_some() || machine.must_fall() && machine.stage != Stage::Rest;
+            assert!(!waits, "one waits for a weak holder");
         }
     }
 
@@ -385,6 +435,7 @@ fn t61_every_order_of_two_requests_keeps_section_h() {
         ticks: 1,
         faults: 1,
         recoveries: 0,
+        weak: 1,
     };
     let mut states = 0;
     for (place, &one) in requests.iter().enumerate() {
@@ -412,6 +463,7 @@ fn t61_drawn_triples_keep_section_h() {
             ticks: 1,
             faults: u8::from(seed % 4 == 1),
             recoveries: u8::from(seed % 4 == 2),
+            weak: u8::from(seed % 4 == 3),
         };
         explore(&drawn, left);
     }

@@ -28,7 +28,7 @@ use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
 use pinfold_base::Errno;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
-use super::{Events, FenceCounts, JoinError, LockService, Name, Session, Wait};
+use super::{Events, FenceCounts, JoinError, LockService, Name, Session, Traffic, Wait};
 use crate::clock::Time;
 use crate::mode::Mode;
 
@@ -204,6 +204,7 @@ impl LockService for Etcd {
         let (started, outcome) = sync_channel(1);
         let good_until = Arc::new(GoodUntil::default());
         let tally = Arc::new(fence::Tally::default());
+        let exchanged = Arc::new(wire::Exchanged::default());
         let start = start::Start {
             etcd: self.clone(),
             member: member.to_owned(),
@@ -211,6 +212,7 @@ impl LockService for Etcd {
             sender: sender.clone(),
             good_until: Arc::clone(&good_until),
             tally: Arc::clone(&tally),
+            exchanged: Arc::clone(&exchanged),
         };
         std::thread::Builder::new()
             .name("glock-etcd".to_owned())
@@ -222,6 +224,7 @@ impl LockService for Etcd {
                 sender,
                 good_until,
                 tally,
+                exchanged,
             })),
             Ok(Err(why)) => Err(why),
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Err(JoinError::new(
@@ -267,6 +270,7 @@ struct EtcdSession {
     sender: UnboundedSender<actor::Message>,
     good_until: Arc<GoodUntil>,
     tally: Arc<fence::Tally>,
+    exchanged: Arc<wire::Exchanged>,
 }
 
 impl EtcdSession {
@@ -292,6 +296,10 @@ impl Session for EtcdSession {
 
     fn fencing(&self) -> FenceCounts {
         self.tally.counts()
+    }
+
+    fn traffic(&self) -> Traffic {
+        self.exchanged.traffic()
     }
 
     fn leave(&self) {

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use pinfold_lock::service::etcd::Tls;
 
 /// How long a server may take to answer on a busy machine.
 const START: Duration = Duration::from_secs(60);
@@ -114,12 +115,17 @@ impl Server {
     }
 
     pub fn start_again(&mut self) {
+        self.start_unasked();
+        assert!(self.answers(), "etcd does not start again");
+    }
+
+    /// Starts again, and does not wait until it answers.
+    pub fn start_unasked(&mut self) {
         self.child = spawn(
             &self.directory,
             (self.host, self.client, self.peer),
             self.ways,
         );
-        assert!(self.answers(), "etcd does not start again");
     }
 
     fn answers(&mut self) -> bool {
@@ -137,6 +143,11 @@ impl Server {
     }
 
     fn ctl(&self, arguments: &[&str]) -> Option<String> {
+        self.ctl_told(arguments, "")
+    }
+
+    /// Runs etcdctl with something on its standard input.
+    fn ctl_told(&self, arguments: &[&str], input: &str) -> Option<String> {
         let mut command = Command::new("etcdctl");
         command
             .env("ETCDCTL_API", "3")
@@ -156,11 +167,18 @@ impl Server {
                 .arg("--key")
                 .arg(file("key.pem"));
         }
-        let output = command
+        let mut child = command
             .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
             .stderr(Stdio::null())
-            .output()
+            .spawn()
             .expect("etcdctl is installed (Debian: etcd-client)");
+        if let Some(mut to) = child.stdin.take() {
+            // One that reads nothing may have ended by now.
+            let _ = to.write_all(input.as_bytes());
+        }
+        let output = child.wait_with_output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         output.status.success().then_some(text)
     }
@@ -203,14 +221,36 @@ impl Server {
         self.must(&["role", "add", name]);
     }
 
+    /// Gives a user another password; what it was told before counts no more.
+    pub fn change_password(&self, name: &str, password: &str) {
+        let arguments = ["user", "passwd", name, "--interactive=false"];
+        let answer = self.ctl_told(&arguments, &format!("{password}\n"));
+        assert!(answer.is_some(), "etcdctl {arguments:?} fails");
+    }
+
     /// What a client of a secure server needs.
-    pub fn tls(&self) -> pinfold_lock::service::etcd::Tls {
+    pub fn tls(&self) -> Tls {
+        self.tls_with("cert.pem")
+    }
+
+    /// The same with a certificate whose time is over.
+    pub fn tls_expired(&self) -> Tls {
+        self.tls_with("expired.pem")
+    }
+
+    fn tls_with(&self, certificate: &str) -> Tls {
         let read = |name: &str| std::fs::read(self.directory.path().join(name)).unwrap();
-        pinfold_lock::service::etcd::Tls {
+        Tls {
             authority: Some(read("ca.pem")),
-            identity: Some((read("cert.pem"), read("key.pem"))),
+            identity: Some((read(certificate), read("key.pem"))),
             domain: None,
         }
+    }
+
+    /// The time of the server's own certificate ends: it shows this one to whoever connects from now on, etcdctl too.
+    pub fn expire(&self) {
+        let file = |name: &str| self.directory.path().join(name);
+        std::fs::rename(file("expired.pem"), file("cert.pem")).unwrap();
     }
 
     pub fn put(&self, key: &str, value: &str) {
@@ -316,12 +356,15 @@ fn make_certificates(directory: &std::path::Path, host: Ipv4Addr) {
     ));
     std::fs::write(
         directory.join("names"),
-        format!("subjectAltName=IP:{host}\n"),
+        format!("subjectAltName=IP:{host},IP:127.0.0.1\n"),
     )
     .unwrap();
-    openssl(
-        "x509 -req -in request.pem -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile names -out cert.pem",
-    );
+    for (certificate, days) in [("cert", 2), ("expired", -1)] {
+        openssl(&format!(
+            "x509 -req -in request.pem -CA ca.pem -CAkey ca.key -CAcreateserial -days {days} -extfile names \
+             -out {certificate}.pem"
+        ));
+    }
 }
 
 /// A port that leads to a server until it is cut.

@@ -1,8 +1,14 @@
 //! Bytes, sizes, times and names: what one node did, the other sees.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-use pinfold::{AllocateMode, ErrorKind, OpenOptions, SetAttributes, SetTime, Volume};
+use pinfold::testing::{Action, FaultyObject, On, Rule};
+use pinfold::{
+    AllocateMode, Errno, ErrorKind, Object, OpenOptions, SetAttributes, SetTime, Volume,
+};
+use pinfold_store::Operation;
 
 use super::rig::{MEMORY, PAGE, Rig, filled, read, rw, same, until, watched};
 
@@ -159,6 +165,44 @@ fn names_that_another_node_changes_are_seen_at_once() {
         a.open("d/x", &new).unwrap();
         let refused = b.open("d/x", &new).unwrap_err();
         assert_eq!(refused.errno(), pinfold::Errno::EEXIST);
+    });
+}
+
+/// A file whose last name and whose last opener on one node are gone is not over: what that node could not store as it was
+/// closed is stored all the same, for another has it open.
+#[test]
+fn an_unlinked_file_keeps_what_one_node_has_dirty_for_another_that_has_it_open() {
+    watched(|| {
+        let fails: Arc<AtomicBool> = Arc::default();
+        let failing = Arc::clone(&fails);
+        let rig = Rig::with(2, Duration::from_millis(2), move |node, builder| {
+            let failing = Arc::clone(&failing);
+            builder.object_layer(Arc::new(move |object| {
+                let object = FaultyObject::new(object);
+                if node == 0 && failing.load(Ordering::Relaxed) {
+                    let first = Rule::new(On::Only(Operation::Write), Action::Fail(Errno::EIO));
+                    object.add(first.nth(1));
+                }
+                object as Arc<dyn Object>
+            }))
+        });
+        for (closes_first, fails_first) in
+            [(false, false), (true, false), (false, true), (true, true)]
+        {
+            fails.store(fails_first, Ordering::Relaxed);
+            let [a, b] = [0, 1].map(|node| rig.open(node, "f"));
+            a.write_at(&filled(1000, 7), 0).unwrap();
+            if closes_first {
+                drop(a);
+                rig.nodes[0].remove_file("f").unwrap();
+            } else {
+                rig.nodes[0].remove_file("f").unwrap();
+                drop(a);
+            }
+            same(read(&b, 20_000, 0), filled(1000, 7));
+            b.write_at(&filled(10, 8), 1000).unwrap();
+            assert_eq!(b.len(), 1010);
+        }
     });
 }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::Duration;
 
+use pinfold::glocks::Counts;
 use pinfold::testing::DeferredObject;
 use pinfold::{AlignedBuf, File, IovCursor, MapAccess, Object, Volume};
 
@@ -279,12 +280,20 @@ fn h11_records_of_a_file_are_stored_into_its_own_mapping() {
 #[test]
 fn t62_a_file_is_cut_by_one_node_while_a_write_of_another_waits_for_its_source() {
     for direct in [false, true] {
-        both(move |delivery| cut_during_fault_in(direct, delivery));
+        both(move |delivery| cut_during_fault_in(direct, false, delivery));
     }
 }
 
-fn cut_during_fault_in(direct: bool, delivery: pinfold::Delivery) {
-    let rig = Rig::new();
+/// T61, T62 (e): the same with a weak hold of the glock left behind meanwhile: it is taken away.
+#[test]
+fn t61_may_demote_a_weak_hold_keeps_no_other_node_from_cutting_the_file() {
+    both(|delivery| cut_during_fault_in(false, true, delivery));
+}
+
+fn cut_during_fault_in(direct: bool, weak: bool, delivery: pinfold::Delivery) {
+    let rig = Rig::with(2, Duration::from_millis(2), |_, builder| {
+        builder.may_demote(weak)
+    });
     let slow: Arc<std::sync::Mutex<Option<Arc<DeferredObject>>>> = Arc::default();
     let elsewhere = tempfile::tempdir().unwrap();
     std::fs::write(elsewhere.path().join("source"), filled(8 * PAGE, b's')).unwrap();
@@ -317,10 +326,42 @@ fn cut_during_fault_in(direct: bool, delivery: pinfold::Delivery) {
         slow.open();
         assert_eq!(writer.join().unwrap(), 2 * PAGE);
     });
+    assert_eq!(counts(&rig.nodes[0], &file).stripped, u64::from(weak));
     let mut expected = filled(PAGE, b'o');
     expected.resize(4 * PAGE, 0);
     expected.extend(filled(2 * PAGE, b's'));
     same(read(&other, 9 * PAGE, 0), expected);
+}
+
+fn counts(node: &Volume, file: &File) -> Counts {
+    let reports = node.glocks().unwrap().report();
+    let number = file.node().id().inode;
+    let mut found = reports.iter().filter(|report| report.name.number == number);
+    found.next().unwrap().counts
+}
+
+/// T61: what a weak hold is for: nobody wants the file while its source comes, and the write goes on where it was.
+#[test]
+fn t61_may_demote_a_write_goes_on_under_the_glock_that_nobody_wanted() {
+    both(|delivery| {
+        let asked = [false, true].map(|weak| {
+            let rig = Rig::with(1, Duration::ZERO, |_, builder| builder.may_demote(weak));
+            let (file, source) = (rig.open(0, "f"), rig.open(0, "source"));
+            source.write_at(&filled(64 * PAGE, b's'), 0).unwrap();
+            file.write_at(b"o", 0).unwrap();
+            let cold = map(&source, MapAccess::Read, delivery);
+            source.drop_cache().unwrap();
+            let before = counts(&rig.nodes[0], &file).queued;
+            let wrote = file.write_at(bytes(&cold, 0, 64 * PAGE), 0).unwrap();
+            assert_eq!(wrote, 64 * PAGE);
+            let after = counts(&rig.nodes[0], &file);
+            same(read(&file, 65 * PAGE, 0), filled(64 * PAGE, b's'));
+            assert_eq!(after.stripped, 0);
+            after.queued - before
+        });
+        assert!(asked[0] > 1, "a cold source is brought in");
+        assert_eq!(asked[1], 1, "the glock was let go of");
+    });
 }
 
 /// T62 (c): direct writes on node 0, buffered and mapped reads on node 1: after a write returned, nothing older is read.

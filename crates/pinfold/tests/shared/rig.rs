@@ -53,7 +53,8 @@ impl Rig {
         Self::with(nodes, hold, |_, builder| builder)
     }
 
-    /// As [`Rig::of`], each node's volume as `set` says.
+    /// As [`Rig::of`], each node's volume as `set` says. Every other node leaves weak holds behind while it brings memory in,
+    /// unless [`MAY_DEMOTE_ENV`] says `all` or `none`.
     pub fn with(
         nodes: usize,
         hold: Duration,
@@ -63,7 +64,8 @@ impl Rig {
         let service = Local::new();
         let nodes = (0..nodes)
             .map(|node| {
-                let builder = set(node, Volume::builder().memory(MEMORY));
+                let builder = Volume::builder().memory(MEMORY).may_demote(weak(node));
+                let builder = set(node, builder);
                 let builder = builder.join(&service, &format!("node{node}"), options(hold));
                 builder.unwrap().open_dir(dir.path()).unwrap()
             })
@@ -89,6 +91,18 @@ impl Rig {
 
     pub fn open_with(&self, node: usize, name: &str, options: &OpenOptions) -> File {
         self.nodes[node].open(name, options).unwrap()
+    }
+}
+
+/// The variable that says which nodes leave weak holds behind.
+const MAY_DEMOTE_ENV: &str = "PINFOLD_MAY_DEMOTE";
+
+fn weak(node: usize) -> bool {
+    match std::env::var(MAY_DEMOTE_ENV).as_deref() {
+        Ok("all") => true,
+        Ok("none") => false,
+        Ok(other) => panic!("{MAY_DEMOTE_ENV} is {other:?}, not all or none"),
+        Err(_) => node % 2 == 1,
     }
 }
 

@@ -136,6 +136,7 @@ fn glock(report: &Report) -> Value {
             json!({
                 "mode": holder.request.mode.letters(),
                 "holds": holder.holds,
+                "may_demote": holder.may_demote,
                 "owner": holder.owner,
                 "waits_ms": holder.waits.map(milliseconds),
             })

@@ -539,6 +539,7 @@ async fn watch(wire: Wire, out: UnboundedSender<Message>) {
                 }
                 pause = Pause::new();
                 let told: Vec<Told> = response.events().iter().filter_map(read).collect();
+                wire.exchanged.note_told(told.len());
                 if !told.is_empty() && out.send(Message::Changed(told)).is_err() {
                     return;
                 }

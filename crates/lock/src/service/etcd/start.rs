@@ -14,7 +14,7 @@ use super::actor::{Actor, Message, Recovery};
 use super::fence::Tally;
 use super::keys::{Keys, Owner, PROTOCOL, VERSION};
 use super::process::Process;
-use super::wire::{Lost, Wire, judge};
+use super::wire::{Exchanged, Lost, Wire, judge};
 use super::{Etcd, GoodUntil};
 use crate::clock::Time;
 use crate::service::{Events, JoinError};
@@ -27,6 +27,7 @@ pub(super) struct Start {
     pub sender: UnboundedSender<Message>,
     pub good_until: Arc<GoodUntil>,
     pub tally: Arc<Tally>,
+    pub exchanged: Arc<Exchanged>,
 }
 
 impl Start {
@@ -84,6 +85,7 @@ impl Start {
             me,
             patience: self.etcd.patience(),
             said_anew: Arc::default(),
+            exchanged: self.exchanged,
         };
         // Whoever died unseen, and whatever else is kept here that is not ours, is found now.
         if let Err(lost) = wire.all_claims().await {
@@ -206,7 +208,17 @@ impl Etcd {
             Some(lost) => refused(lost),
             None => {
                 let silent = self.silent();
-                JoinError::new(silent.errno, format!("{silent}: {error}"))
+                let mut why = format!("{silent}: {error}");
+                // What it is about, such as a certificate, is said further down.
+                let mut below = std::error::Error::source(error);
+                while let Some(cause) = below {
+                    why += &format!(": {cause}");
+                    below = cause.source();
+                }
+                if self.tls.is_some() {
+                    why += " (a server that refuses our certificate, as one whose time is over, just ends the connection)";
+                }
+                JoinError::new(silent.errno, why)
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Transactions on etcd: what is sent, what an answer says, and when to try again.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use etcd_client::{
@@ -13,7 +14,7 @@ use tokio::sync::Mutex;
 use super::board::{Change, Entry};
 use super::keys::{Claim, Key, Keys, Owner};
 use super::process::Process;
-use crate::service::Name;
+use crate::service::{Name, Traffic};
 
 /// Keys read in one go.
 pub(super) const PAGE: i64 = 1000;
@@ -56,6 +57,29 @@ pub(super) struct Wire {
     /// How often this node has said anew who it is. Held while it does: etcd makes that dear, and each call under way may find
     /// that it is due.
     pub said_anew: Arc<Mutex<u64>>,
+    pub exchanged: Arc<Exchanged>,
+}
+
+/// Counts what is sent and told.
+#[derive(Debug, Default)]
+pub(super) struct Exchanged {
+    changes: AtomicU64,
+    reads: AtomicU64,
+    told: AtomicU64,
+}
+
+impl Exchanged {
+    pub fn note_told(&self, changes: usize) {
+        self.told.fetch_add(changes as u64, Ordering::Relaxed);
+    }
+
+    pub fn traffic(&self) -> Traffic {
+        Traffic {
+            changes: self.changes.load(Ordering::Relaxed),
+            reads: self.reads.load(Ordering::Relaxed),
+            told: self.told.load(Ordering::Relaxed),
+        }
+    }
 }
 
 // Codes of gRPC; their names are not exported.
@@ -145,6 +169,7 @@ impl Wire {
         loop {
             let mut client = self.client.clone();
             let said = *self.said_anew.lock().await;
+            self.exchanged.changes.fetch_add(1, Ordering::Relaxed);
             match tokio::time::timeout(self.patience, client.txn(txn.clone())).await {
                 Ok(Ok(response)) => return Ok(response),
                 Ok(Err(error)) => self.after(&error, said).await?,
@@ -244,6 +269,7 @@ impl Wire {
             let mut client = self.client.clone();
             let said = *self.said_anew.lock().await;
             let get = client.get(key.clone(), Some(options.clone()));
+            self.exchanged.reads.fetch_add(1, Ordering::Relaxed);
             match tokio::time::timeout(self.patience, get).await {
                 Ok(Ok(response)) => return Ok(response),
                 Ok(Err(error)) => self.after(&error, said).await?,
