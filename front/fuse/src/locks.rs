@@ -172,6 +172,14 @@ impl Locks {
         Ok(())
     }
 
+    /// The locks of an owner that is known, as they are asked for by one that waits.
+    fn now_of(&self, wish: &Wish) -> Option<Arc<RecordLocks>> {
+        let held = self.held.lock();
+        let mut owners = held.get(&wish.number.0)?.iter();
+        let owner = owners.find(|owner| owner.owner == wish.owner.0)?;
+        Some(Arc::clone(&owner.locks))
+    }
+
     /// The locks of an owner that is known.
     fn known(&self, wish: &Wish) -> Option<Arc<RecordLocks>> {
         let mut held = self.held.lock();
@@ -292,10 +300,15 @@ impl Locks {
         let queue = std::mem::take(&mut *self.waiting.lock());
         let mut left = Vec::with_capacity(queue.len());
         for mut waiting in queue {
+            // By what its owner has now. Another thread may have given all of that back, by closing a descriptor, and have
+            // begun anew: a lock got through what was there before would go with it, and those keep others out until then.
+            let Some(locks) = self.now_of(&waiting.wish) else {
+                waiting.reply.error(Errno::EBADF);
+                continue;
+            };
+            waiting.locks = locks;
             match waiting.attempt() {
                 Some(outcome) => answer(outcome, waiting.reply),
-                // The owner closed the file meanwhile, with another of its threads.
-                None if self.known(&waiting.wish).is_none() => waiting.reply.error(Errno::EBADF),
                 None => left.push(waiting),
             }
         }

@@ -11,7 +11,7 @@ use pinfold::glocks::service::{Events, Reply, Session, Token, Wait};
 use pinfold::glocks::{JoinError, LockService, Mode, Name, Options, Time};
 use pinfold_fuse::{MountOptions, Revoker};
 
-use crate::support::{Fixture, is_root, mounted_as};
+use crate::support::{Fixture, installed, is_root, mounted_as, python};
 
 /// Grants what is asked for at once, but for inodes of which nothing is to be had.
 #[derive(Debug, Default, Clone)]
@@ -127,4 +127,62 @@ fn a_write_to_a_shared_file_takes_its_glock_once() {
         taken() - before
     });
     assert_eq!(least.min(), Some(1));
+}
+
+/// One thread waits for a record while another closes a descriptor of the file, which gives all of the process's locks back, and
+/// begins anew.
+#[test]
+fn a_record_that_a_thread_waited_for_is_held_whatever_another_closed_meanwhile() {
+    const CODE: &str = r#"
+import fcntl, os, struct, sys, threading, time
+stored, mounted = sys.argv[1:]
+def ofd(fd, command, kind, start):
+    return struct.unpack("hhqqi4x", fcntl.fcntl(fd, command, struct.pack("hhqqi4x", kind, 0, start, 1, 0)))[0]
+beside = os.open(stored, os.O_RDWR)
+def is_free(start):
+    return ofd(beside, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, start) == fcntl.F_UNLCK
+def until(so):
+    end = time.monotonic() + 60
+    while not so():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True
+for turn in range(5):
+    before = os.open(stored, os.O_RDWR)
+    ofd(before, fcntl.F_OFD_SETLK, fcntl.F_WRLCK, 0)
+    waiter = os.open(mounted, os.O_RDWR)
+    tid, outcome = [], []
+    def wait():
+        tid.append(threading.get_native_id())
+        try:
+            fcntl.lockf(waiter, fcntl.LOCK_EX, 1, 0)
+            outcome.append("held")
+        except OSError as error:
+            outcome.append(error.errno)
+    thread = threading.Thread(target=wait)
+    thread.start()
+    until(lambda: tid and open(f"/proc/self/task/{tid[0]}/syscall").read().startswith("72 "))
+    one = os.open(mounted, os.O_RDWR)
+    fcntl.lockf(one, fcntl.LOCK_EX, 1, 10)
+    other = os.open(mounted, os.O_RDWR)
+    os.close(one)
+    fcntl.lockf(other, fcntl.LOCK_EX, 1, 20)
+    assert until(lambda: is_free(10)), "what was closed is locked still"
+    os.close(before)
+    thread.join()
+    # The thread that tries for it may have come between the two: then it is told so.
+    assert outcome[0] in ("held", 9), outcome
+    assert outcome[0] != "held" or not is_free(0), "who was told that it has the record has not"
+    os.close(waiter)
+    os.close(other)
+"#;
+    if !installed("python3") {
+        return;
+    }
+    let Some(fixture) = node(&Grudging::default()) else {
+        return;
+    };
+    fs::write(fixture.data.join("f"), "contents").unwrap();
+    python(CODE, &[&fixture.data.join("f"), &fixture.mnt.join("f")]);
 }
