@@ -95,6 +95,10 @@ mod checked {
     /// thread, because faults are served in signal handlers too.
     struct Counts([Cell<u32>; Rank::ALL.len()]);
 
+    #[cfg(shuttle)]
+    use shuttle::thread_local;
+
+    // Under shuttle what a task holds is the task's.
     thread_local! {
         static HELD: Counts = const { Counts([const { Cell::new(0) }; Rank::ALL.len()]) };
         /// Transfers of this thread that hold pins.
@@ -138,7 +142,7 @@ mod checked {
     #[track_caller]
     pub fn enter(rank: Rank) -> Held {
         assert!(
-            rank == Rank::Leaf || PINS.get() == 0,
+            rank == Rank::Leaf || PINS.with(Cell::get) == 0,
             "pins are leaves: {rank:?} taken while pages are pinned"
         );
         HELD.with(|held| {
@@ -175,13 +179,13 @@ mod checked {
     /// Notes that this thread holds pins: it takes no lock of classes 1 to 5 until the result is dropped.
     #[must_use]
     pub fn hold_pins() -> PinsHeld {
-        PINS.set(PINS.get() + 1);
+        PINS.with(|pins| pins.set(pins.get() + 1));
         PinsHeld(std::marker::PhantomData)
     }
 
     impl Drop for PinsHeld {
         fn drop(&mut self) {
-            PINS.set(PINS.get().saturating_sub(1));
+            PINS.with(|pins| pins.set(pins.get().saturating_sub(1)));
         }
     }
 
@@ -193,13 +197,13 @@ mod checked {
     /// classes 1 and 4 may be held, a glock never.
     #[must_use]
     pub fn permit_under_gate() -> UnderGate {
-        UNDER_GATE.set(true);
+        UNDER_GATE.with(|permit| permit.set(true));
         UnderGate(std::marker::PhantomData)
     }
 
     impl Drop for UnderGate {
         fn drop(&mut self) {
-            UNDER_GATE.set(false);
+            UNDER_GATE.with(|permit| permit.set(false));
         }
     }
 
@@ -210,11 +214,12 @@ mod checked {
     #[track_caller]
     pub fn rule_zero(place: &str) {
         assert!(
-            PINS.get() == 0,
+            PINS.with(Cell::get) == 0,
             "rule zero broken at {place}: pages are pinned"
         );
-        let allowed =
-            |rank: Rank| UNDER_GATE.get() && matches!(rank, Rank::Inode | Rank::Invalidate);
+        let allowed = |rank: Rank| {
+            UNDER_GATE.with(Cell::get) && matches!(rank, Rank::Inode | Rank::Invalidate)
+        };
         HELD.with(|held| {
             assert!(
                 Rank::ALL
@@ -316,20 +321,20 @@ impl<G: DerefMut> DerefMut for Ranked<G> {
 #[derive(Debug)]
 pub struct RwLock<T> {
     rank: Rank,
-    lock: parking_lot::RwLock<T>,
+    lock: crate::sync::RwLock<T>,
 }
 
 /// A shared guard of a [`RwLock`].
-pub type ReadGuard<'a, T> = Ranked<parking_lot::RwLockReadGuard<'a, T>>;
+pub type ReadGuard<'a, T> = Ranked<crate::sync::RwLockReadGuard<'a, T>>;
 /// An exclusive guard of a [`RwLock`].
-pub type WriteGuard<'a, T> = Ranked<parking_lot::RwLockWriteGuard<'a, T>>;
+pub type WriteGuard<'a, T> = Ranked<crate::sync::RwLockWriteGuard<'a, T>>;
 
 impl<T> RwLock<T> {
     /// Makes a lock of class `rank`.
     pub const fn new(rank: Rank, value: T) -> Self {
         Self {
             rank,
-            lock: parking_lot::RwLock::new(value),
+            lock: crate::sync::RwLock::new(value),
         }
     }
 

@@ -1,11 +1,13 @@
-//! One source for two worlds: the real locks and atomics, or loom's under `--cfg loom`.
+//! One source for three worlds: the real locks and atomics; loom's under `--cfg loom`, for one protocol at a time; shuttle's
+//! under `--cfg shuttle`, for whole paths.
 //!
-//! Protocol code (state words, the two-state lock, errseq, wait tables) uses these names only, so that the
-//! model checker runs the very code that ships.
+//! Code that several threads meet in uses these names only, so that the model checker and the scheduler run the very code
+//! that ships. [`path`] has the atomics that are part of no protocol of their own: shuttle may switch tasks at them, loom takes
+//! no notice.
 
-#[cfg(not(loom))]
+#[cfg(not(any(loom, shuttle)))]
 pub use std::sync::Arc;
-#[cfg(not(loom))]
+#[cfg(not(any(loom, shuttle)))]
 pub use std::sync::atomic::{
     AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
 };
@@ -17,15 +19,57 @@ pub use loom::sync::atomic::{
     AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
 };
 
-pub use imp::{Condvar, Mutex, MutexGuard};
+#[cfg(shuttle)]
+pub use shuttle::sync::atomic::{
+    AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+};
+#[cfg(shuttle)]
+pub use std::sync::Arc;
 
-#[cfg(not(loom))]
+pub use imp::{Condvar, Mutex, MutexGuard, now};
+#[cfg(shuttle)]
+pub use imp::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+#[cfg(not(shuttle))]
+pub use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+/// Atomics of whole paths: the size of a file, what is counted, where a page is.
+pub mod path {
+    #[cfg(shuttle)]
+    pub use shuttle::sync::atomic::{
+        AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+    };
+    #[cfg(not(shuttle))]
+    pub use std::sync::atomic::{
+        AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+    };
+}
+
+/// Threads, or tasks of the scheduler.
+pub mod thread {
+    #[cfg(shuttle)]
+    pub use shuttle::thread::{Builder, JoinHandle, ThreadId, current};
+    #[cfg(not(shuttle))]
+    pub use std::thread::{Builder, JoinHandle, ThreadId, current};
+}
+
+#[cfg(shuttle)]
+#[path = "sync/shuttle.rs"]
+mod imp;
+
+#[cfg(not(any(loom, shuttle)))]
 mod imp {
-    use std::sync::PoisonError;
     use std::sync::atomic::{AtomicU32, Ordering};
+    use std::sync::{PoisonError, TryLockError};
     use std::time::Instant;
 
     pub use std::sync::MutexGuard;
+
+    /// Returns the time that deadlines are measured on.
+    #[inline]
+    #[must_use]
+    pub fn now() -> Instant {
+        Instant::now()
+    }
 
     /// A mutex that waits on a futex and allocates nothing, contended or not: one that the fault path takes must not
     /// enter the program's allocator, whose lock the faulting thread may hold. Knows no poison.
@@ -42,6 +86,22 @@ mod imp {
         #[inline]
         pub fn lock(&self) -> MutexGuard<'_, T> {
             self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        }
+
+        /// Returns what it guards: whoever has the mutex to himself needs no lock.
+        #[inline]
+        pub fn get_mut(&mut self) -> &mut T {
+            self.0.get_mut().unwrap_or_else(PoisonError::into_inner)
+        }
+
+        /// Takes the lock if nobody has it.
+        #[inline]
+        pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
+            match self.0.try_lock() {
+                Ok(guard) => Some(guard),
+                Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) => None,
+            }
         }
     }
 
@@ -114,6 +174,13 @@ mod imp {
 
     pub use loom::sync::MutexGuard;
 
+    /// Returns the time that deadlines are measured on.
+    #[inline]
+    #[must_use]
+    pub fn now() -> Instant {
+        Instant::now()
+    }
+
     /// loom's mutex with the interface of `parking_lot`'s.
     #[derive(Debug, Default)]
     pub struct Mutex<T>(loom::sync::Mutex<T>);
@@ -127,6 +194,18 @@ mod imp {
         /// Takes the lock.
         pub fn lock(&self) -> MutexGuard<'_, T> {
             self.0.lock().expect("loom aborts on panic, so no poison")
+        }
+
+        /// Returns what it guards: whoever has the mutex to himself needs no lock.
+        pub fn get_mut(&mut self) -> &mut T {
+            self.0
+                .get_mut()
+                .expect("loom aborts on panic, so no poison")
+        }
+
+        /// Takes the lock if nobody has it.
+        pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
+            self.0.try_lock().ok()
         }
     }
 

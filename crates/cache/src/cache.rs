@@ -1,9 +1,9 @@
 //! The frames of one volume: who owns each, and how one is had when none is free.
 
+use pinfold_base::sync::path::{AtomicU64, AtomicUsize, Ordering};
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use pinfold_base::counters::SpreadCounter;

@@ -11,14 +11,14 @@ mod ahead;
 mod fill;
 mod range;
 
+use pinfold_base::sync::path::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
 use pinfold_base::roomy::{self, Roomy};
-use pinfold_base::sync::{Mutex, MutexGuard};
+use pinfold_base::sync::{self, Mutex, MutexGuard};
 use pinfold_base::{Errno, PAGE_SIZE};
 use pinfold_mem::{Frame, Homes, Window, clock};
 use pinfold_store::Object;
@@ -611,7 +611,7 @@ impl FilePages {
 
     /// Accounts for a page that was put into the set of dirty ones, `new` there or not.
     pub(crate) fn note_dirtied(&self, state: &mut DirtyState, new: bool) {
-        state.since.get_or_insert_with(Instant::now);
+        state.since.get_or_insert_with(sync::now);
         if new {
             self.cache.dirty_pages.fetch_add(1, Ordering::Relaxed);
         }

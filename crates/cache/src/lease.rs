@@ -7,8 +7,8 @@
 //! *Locking*: none. A reference keeps the page from being dropped or reused (INV8), so whoever holds one must not wait for
 //! anybody who drops pages.
 
+use pinfold_base::sync::path::Ordering;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use pinfold_base::Progress;
 use pinfold_mem::{AlignedBuf, CopyStop, Frame, IoSpan, IovCursor, Segments};

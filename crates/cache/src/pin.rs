@@ -11,17 +11,18 @@
 //! nothing held ([`FilePages::kept_page`]), not for ever, and not at all by the thread that took the pin
 //! ([`FilePages::keeps_itself`]): it would wait for itself.
 
+use pinfold_base::sync::path::{AtomicUsize, Ordering};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ops::Range;
 use std::panic::Location;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::ThreadId;
+
 use std::time::Instant;
 
 use pinfold_base::Errno;
 use pinfold_base::sync::Mutex;
+use pinfold_base::sync::thread::{self, ThreadId};
 use pinfold_mem::{Access, Frame, Segments};
 use smallvec::SmallVec;
 
@@ -68,7 +69,7 @@ pub(crate) struct KeptPins {
 impl KeptPins {
     /// Notes a pin that this thread is about to take, under the page's lock.
     fn add(&self, page: u64) -> ThreadId {
-        let thread = std::thread::current().id();
+        let thread = thread::current().id();
         self.count.fetch_add(1, Ordering::AcqRel);
         self.pages.lock().entry(page).or_default().push(thread);
         thread
@@ -299,7 +300,7 @@ impl FilePages {
     /// Tells whether the calling thread itself took a pin of any of these pages that is kept: then it must not wait.
     #[must_use]
     pub fn keeps_itself(&self, pages: Range<u64>) -> bool {
-        let this = std::thread::current().id();
+        let this = thread::current().id();
         self.kept.any_of(pages, |thread| thread == this)
     }
 

@@ -10,8 +10,9 @@
 //! handlers make room as well: nothing is allocated or freed for up to [`RECLAIM_BATCH`] pages.
 
 use std::ops::RangeInclusive;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use pinfold_base::sync;
 use pinfold_mem::{Charge, Frame, FrameRun};
 use smallvec::SmallVec;
 
@@ -91,7 +92,7 @@ impl Cache {
             if let Some(taken) = attempt() {
                 return Ok(taken);
             }
-            let now = Instant::now();
+            let now = sync::now();
             if now >= *deadline.get_or_insert(now + WAIT_MAX) {
                 return Err(CacheError::NoFrames);
             }
@@ -99,7 +100,7 @@ impl Cache {
             self.press();
             let progress = self.progress.lock();
             if *progress == seen {
-                let until = Instant::now() + WAIT_STEP;
+                let until = sync::now() + WAIT_STEP;
                 drop(self.progressed.wait_until(progress, until));
             }
         }

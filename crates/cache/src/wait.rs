@@ -6,7 +6,7 @@
 
 use std::time::Instant;
 
-use pinfold_base::sync::{Condvar, Mutex};
+use pinfold_base::sync::{self, Condvar, Mutex};
 
 use crate::state::StateWord;
 
@@ -61,7 +61,7 @@ impl WaitTable {
             }
             turn = match deadline {
                 None => bucket.woken.wait(turn),
-                Some(deadline) if Instant::now() >= deadline => return false,
+                Some(deadline) if sync::now() >= deadline => return false,
                 Some(deadline) => bucket.woken.wait_until(turn, deadline),
             };
         }

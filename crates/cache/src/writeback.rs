@@ -11,13 +11,13 @@
 mod flusher;
 mod storing;
 
+use pinfold_base::sync::path::Ordering;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use pinfold_base::roomy::Roomy;
-use pinfold_base::sync::{Condvar, Mutex};
+use pinfold_base::sync::{self, Condvar, Mutex};
 use pinfold_base::{PAGE_SIZE, Progress};
 use pinfold_mem::{AlignedBuf, Frame, Segments};
 use pinfold_store::{StoreError, Transfer};
@@ -485,7 +485,7 @@ impl FilePages {
             if again {
                 state.pages.change(Note::Writing, Note::Dirty, page);
                 cache.dirty_pages.fetch_add(1, Ordering::Relaxed);
-                state.since.get_or_insert_with(Instant::now);
+                state.since.get_or_insert_with(sync::now);
             } else {
                 state.pages.remove(Note::Writing, page);
             }

@@ -17,8 +17,12 @@
 
 use std::time::Duration;
 
+// The kernel sleeps on these words, which the tasks of shuttle do not: no fault is served there.
+#[cfg(not(shuttle))]
 use pinfold_base::sync::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
 use pinfold_mem::Access;
+#[cfg(shuttle)]
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering, fence};
 
 /// Faults under way at once; a thread that faults beyond that waits for a slot.
 #[cfg(not(loom))]

@@ -9,7 +9,11 @@
 //! no third outcome (the argument of SEMANTICS.md section E). Two turns are needed because a reader may have chosen its
 //! counter before the last turn and enter it only now.
 
+// Readers here are faults and copies, which a task of shuttle ends without another in between.
+#[cfg(not(shuttle))]
 use pinfold_base::sync::{AtomicUsize, Ordering};
+#[cfg(shuttle)]
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Counters an epoch is spread over, so that threads seldom share a cache line.
 #[cfg(not(loom))]

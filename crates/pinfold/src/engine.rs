@@ -1,13 +1,13 @@
 //! What all files of a volume share: the cache and the room left in the store.
 
+use pinfold_base::sync::path::{AtomicU64, Ordering};
 use std::any::Any;
 use std::fmt;
 use std::ops::RangeInclusive;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
-use parking_lot::Mutex;
 use pinfold_base::PAGE_SIZE;
+use pinfold_base::sync::Mutex;
 use pinfold_cache::Cache;
 use pinfold_fault::Faults;
 use pinfold_mem::Privilege;

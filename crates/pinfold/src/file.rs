@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::Mutex;
+use pinfold_base::sync::Mutex;
 use pinfold_base::{Errno, PAGE_SIZE, Progress, page_span};
 use pinfold_cache::{Lease, ReadAhead, Sample, Want};
 use pinfold_lock::Mode;

@@ -3,14 +3,14 @@
 //! Lock order here: `lock` (class 1), the glock if there are other nodes (class 2, [`crate::shared`]), the gate (class 4), folios
 //! (class 5). Fault-in happens with none of them held.
 
+use pinfold_base::sync::path::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::fmt;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
-use parking_lot::Mutex;
 use pinfold_base::rank::{Rank, ReadGuard, RwLock, WriteGuard};
+use pinfold_base::sync::{self, Mutex};
 use pinfold_base::{Errno, PAGE_SIZE, page_span};
 use pinfold_cache::{
     CacheError, FilePages, Harvest, Here, Kept, MapOutcome, Mode, Owner, Pace, Sample, Want,
@@ -296,7 +296,7 @@ impl Inode {
                     drop(held);
                     drop(exclusive);
                     // Each anew: one that goes makes room for another, but one that stays may wait for us.
-                    if !self.pages.wait_unkept(kept, Instant::now() + KEPT_WAIT_MAX) {
+                    if !self.pages.wait_unkept(kept, sync::now() + KEPT_WAIT_MAX) {
                         return Err(Error::new("take away pages of", ErrorKind::Pinned));
                     }
                 }

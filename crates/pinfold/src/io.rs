@@ -1,7 +1,7 @@
 //! How a call wants its I/O done, and the checks every call starts with.
 
+use pinfold_base::sync::path::{AtomicBool, Ordering};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use pinfold_base::units::FILE_SIZE_MAX;
 use pinfold_base::{Errno, PAGE_SIZE};

@@ -18,8 +18,8 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 
-use parking_lot::Mutex;
 use pinfold_base::Errno;
+use pinfold_base::sync::Mutex;
 use pinfold_lock::{Flags, Mode, Request};
 use pinfold_mem::Quiet;
 use pinfold_store::dir::namespace::{Change, Handle};

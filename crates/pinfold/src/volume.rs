@@ -6,11 +6,11 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Weak};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use pinfold_base::Errno;
+use pinfold_base::sync::Mutex;
+use pinfold_base::sync::thread::JoinHandle;
 use pinfold_cache::{Cache, CacheConfig, CacheSnapshot, MEMORY_MIN, PinSite};
 use pinfold_fault::{FaultSnapshot, Faults};
 use pinfold_lock::{LockService, Space};

@@ -3,9 +3,9 @@
 //! *Locking*: the pages of a range are locked one after the other, upwards; whoever has to keep others from coming meanwhile
 //! blocks the gate.
 
+use pinfold_base::sync::path::Ordering;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use pinfold_base::PAGE_SIZE;
 

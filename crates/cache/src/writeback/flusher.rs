@@ -7,14 +7,14 @@
 //! *Locking*: two leaves (class 6), around the thread's signals and around the list; nothing is allocated, and no file let go
 //! of, under the list's.
 
+use pinfold_base::sync::path::{AtomicBool, Ordering};
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use pinfold_base::PAGE_SIZE;
 use pinfold_base::roomy::{self, Roomy};
-use pinfold_base::sync::{Condvar, Mutex};
+use pinfold_base::sync::{self, Condvar, Mutex, thread};
 use pinfold_store::StoreError;
 
 use super::Mode;
@@ -55,10 +55,10 @@ impl Cache {
     ///
     /// # Errors
     /// The system refuses a thread.
-    pub fn start_flusher(self: &Arc<Self>) -> std::io::Result<std::thread::JoinHandle<()>> {
+    pub fn start_flusher(self: &Arc<Self>) -> std::io::Result<thread::JoinHandle<()>> {
         let cache = Arc::clone(self);
         self.flusher.running.store(true, Ordering::Release);
-        std::thread::Builder::new()
+        thread::Builder::new()
             .name("pinfold-flush".into())
             .spawn(move || cache.flush_loop())
             .inspect_err(|_| self.flusher.running.store(false, Ordering::Release))
@@ -195,7 +195,7 @@ impl Cache {
             let starved = {
                 let mut wanted = self.flusher.wanted.lock();
                 if !wanted.kick && !wanted.stop {
-                    let until = Instant::now() + self.config.flush_interval;
+                    let until = sync::now() + self.config.flush_interval;
                     wanted = self.flusher.kicked.wait_until(wanted, until);
                 }
                 if wanted.stop {
@@ -215,7 +215,7 @@ impl Cache {
         let mut failed = HashSet::new();
         loop {
             let pressed = starved || self.dirty_pages() > self.background_pages();
-            let now = Instant::now();
+            let now = sync::now();
             let mut candidates: Vec<(Instant, Arc<FilePages>)> = self
                 .dirty_files()
                 .into_iter()
@@ -326,15 +326,15 @@ impl Cache {
             }
             self.press();
             let share = (dirty - free) as f64 / (limit - free).max(1) as f64;
-            let until = Instant::now() + PAUSE_MAX.mul_f64(share.min(1.0));
-            while Instant::now() < until && self.dirty_pages() > free {
+            let until = sync::now() + PAUSE_MAX.mul_f64(share.min(1.0));
+            while sync::now() < until && self.dirty_pages() > free {
                 if pace
                     .cancelled
                     .is_some_and(|flag| flag.load(Ordering::Relaxed))
                 {
                     return Err(CacheError::Interrupted);
                 }
-                self.wait_progress(until.min(Instant::now() + PAUSE_MAX / 10));
+                self.wait_progress(until.min(sync::now() + PAUSE_MAX / 10));
             }
             if self.dirty_pages() < limit {
                 return Ok(());

@@ -121,7 +121,7 @@ impl Vnode {
         let Some(quiet) = data.watch.quiet().filter(|_| self.tree.space().is_none()) else {
             return Ok(());
         };
-        let mut stamps = self.stamps.lock();
+        let stamps = self.stamps.lock();
         // Under the lock: the end of a pass that puts the times right must not come between this look and the next.
         let stat = self.handle.stat().map_err(failed("open"))?;
         let now = Seen::of(&stat);
@@ -133,9 +133,9 @@ impl Vnode {
         }
         // Outside the lock: dropping pages may wait for transfers, whose end puts times right under it.
         let is_current = || data.watch.is_settled(quiet);
-        let reload = parking_lot::MutexGuard::unlocked(&mut stamps, || {
-            data.inode.reload(stat.size, is_current)
-        });
+        drop(stamps);
+        let reload = data.inode.reload(stat.size, is_current);
+        let mut stamps = self.stamps.lock();
         let contents_same = seen.size == now.size && seen.modified == now.modified;
         match reload {
             Reload::NewerCached if !contents_same => {

@@ -8,8 +8,8 @@ use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
-use parking_lot::Mutex;
 use pinfold_base::Errno;
+use pinfold_base::sync::Mutex;
 use pinfold_lock::{Mode, Space};
 use pinfold_mem::uring;
 use pinfold_store::Object;
