@@ -21,6 +21,7 @@ use crate::mount::Size;
 
 mod direct;
 mod fio;
+mod glocks;
 mod group;
 mod instructions;
 mod job;
@@ -107,7 +108,7 @@ struct Plan {
 type Run = fn(&Plan) -> Result<Vec<Row>>;
 
 /// The groups, in the order they run.
-const GROUPS: [(&str, &str, Run); 8] = [
+const GROUPS: [(&str, &str, Run); 9] = [
     (
         "resident",
         "4 KiB reads and overwrites of cached pages",
@@ -132,6 +133,11 @@ const GROUPS: [(&str, &str, Run); 8] = [
         "direct",
         "direct I/O, pins, the two-state lock, when faults are taken",
         direct::run,
+    ),
+    (
+        "glocks",
+        "locks between nodes: cached, handed over, after a death; MAY_DEMOTE",
+        glocks::run,
     ),
     (
         "memory",

@@ -95,7 +95,7 @@ impl Bed {
     }
 }
 
-fn view(map: &Mapping) -> Result<View<'_>> {
+pub(super) fn view(map: &Mapping) -> Result<View<'_>> {
     View::of_user_mapping(map, map.as_ptr().expose_provenance(), map.len())
         .map_err(|errno| anyhow!("a mapping that is not in the table: {errno}"))
 }
@@ -152,7 +152,7 @@ fn ours_reads(file: &File, to: &UserIov<'_>, offset: u64) -> Result<usize> {
     Ok(file.read_cursor(&mut cursor, offset, &how).posix()? as usize)
 }
 
-fn ours_writes(file: &File, from: &UserIov<'_>, offset: u64) -> Result<usize> {
+pub(super) fn ours_writes(file: &File, from: &UserIov<'_>, offset: u64) -> Result<usize> {
     let mut cursor = from.cursor(Direction::Source);
     let how = IoOptions::default();
     Ok(file.write_cursor(&mut cursor, offset, &how).posix()? as usize)

@@ -12,6 +12,8 @@ use anyhow::{Context, Result, bail};
 use pinfold::{AlignedBuf, File, OpenOptions, Volume};
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "etcd")]
+use super::glocks::{self, between::HoldJob};
 use super::group;
 use super::mapped::{self, MappedJob};
 use super::scratch::{self, CHUNK, Offsets, PAGE, drop_cached};
@@ -55,6 +57,9 @@ pub(super) enum Job {
     },
     /// Works through a mapping.
     Mapped(MappedJob),
+    /// Takes a lock and keeps it until it is killed.
+    #[cfg(feature = "etcd")]
+    HoldGlock(HoldJob),
     /// Writes cached pages, to be counted by valgrind.
     Instructions(instructions::Work),
 }
@@ -118,6 +123,8 @@ pub(super) fn run_child(job: &str) -> Result<()> {
         }
         Job::Memory { dir, size, budget } => memory::child(&dir, size, budget)?,
         Job::Mapped(job) => mapped::child::run(&job)?,
+        #[cfg(feature = "etcd")]
+        Job::HoldGlock(job) => glocks::between::hold(&job)?,
         Job::Instructions(work) => instructions::child(&work)?,
     };
     println!("{}", serde_json::to_string(&report)?);

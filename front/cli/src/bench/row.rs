@@ -12,7 +12,7 @@ use super::rounds::Sample;
 pub(super) enum Unit {
     /// Nanoseconds an operation; fewer are better.
     Nanoseconds,
-    /// Microseconds of processor time an operation; fewer are better.
+    /// Microseconds an operation; fewer are better.
     Microseconds,
     /// Mebibytes a second; more are better.
     MebibytesPerSecond,
@@ -24,6 +24,8 @@ pub(super) enum Unit {
     Instructions,
     /// Events; fewer are better.
     Count,
+    /// Multiples of what the row names; fewer are better.
+    Times,
 }
 
 impl Unit {
@@ -34,6 +36,7 @@ impl Unit {
             Self::MebibytesPerSecond => format!("{value:.0} MiB/s"),
             Self::PerSecond => format!("{:.1} k/s", value / 1e3),
             Self::Bytes => format!("{:.1} MiB", value / f64::from(1 << 20)),
+            Self::Times => format!("{value:.2}"),
             Self::Instructions | Self::Count => format!("{value:.0}"),
         }
     }
