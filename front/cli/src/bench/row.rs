@@ -25,6 +25,7 @@ pub(super) enum Unit {
     /// Events; fewer are better.
     Count,
     /// Multiples of what the row names; fewer are better.
+    #[cfg(feature = "etcd")]
     Times,
 }
 
@@ -36,6 +37,7 @@ impl Unit {
             Self::MebibytesPerSecond => format!("{value:.0} MiB/s"),
             Self::PerSecond => format!("{:.1} k/s", value / 1e3),
             Self::Bytes => format!("{:.1} MiB", value / f64::from(1 << 20)),
+            #[cfg(feature = "etcd")]
             Self::Times => format!("{value:.2}"),
             Self::Instructions | Self::Count => format!("{value:.0}"),
         }
