@@ -5,9 +5,10 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use pinfold_base::Errno;
+use pinfold_base::{Errno, PAGE_SIZE};
 use rustix::mm::{Advice, madvise};
 use smallvec::SmallVec;
 
@@ -123,6 +124,50 @@ pub fn writev_spans(fd: BorrowedFd<'_>, head: &[u8], spans: &[IoSpan]) -> Result
     let count = pieces.len() as libc::c_int;
     // SAFETY: writev only reads; `head` is borrowed and the spans' Segments keep their memory mapped.
     let written = unsafe { libc::writev(fd.as_raw_fd(), pieces.as_ptr(), count) };
+    usize::try_from(written).map_err(|_| Errno::from(io::Error::last_os_error()))
+}
+
+/// Writes `head` and behind it `missing` bytes that cannot be read, with one call: for a device that acts upon a message's head
+/// before it looks at the rest. What the device says to that is `EFAULT`.
+///
+/// # Errors
+/// What writev(2) says; `ENOMEM` where there is no address to be had.
+pub fn write_unreadable(fd: BorrowedFd<'_>, head: &[u8], missing: usize) -> Result<usize, Errno> {
+    static NOWHERE: OnceLock<usize> = OnceLock::new();
+    let nowhere = *NOWHERE.get_or_init(|| {
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                PAGE_SIZE as usize,
+                libc::PROT_NONE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        // Never unmapped: nothing else is ever mapped there.
+        if at == libc::MAP_FAILED {
+            0
+        } else {
+            at.expose_provenance()
+        }
+    });
+    if nowhere == 0 {
+        return Err(Errno::ENOMEM);
+    }
+    let pieces = [
+        libc::iovec {
+            iov_base: head.as_ptr().cast_mut().cast(),
+            iov_len: head.len(),
+        },
+        libc::iovec {
+            iov_base: std::ptr::with_exposed_provenance_mut(nowhere),
+            iov_len: missing.min(PAGE_SIZE as usize),
+        },
+    ];
+    // SAFETY: writev only reads; `head` is borrowed, and the kernel reports what cannot be read.
+    let written = unsafe { libc::writev(fd.as_raw_fd(), pieces.as_ptr(), 2) };
     usize::try_from(written).map_err(|_| Errno::from(io::Error::last_os_error()))
 }
 

@@ -514,7 +514,7 @@ impl Owner for Inode {
 impl Inode {
     /// Does what a first store to a page needs before the page may become dirty: slows the storing thread down, gets
     /// room in the store, moves the times. Nothing is held.
-    fn begin_store(&self, page: u64) -> std::result::Result<(), CacheError> {
+    pub(crate) fn begin_store(&self, page: u64) -> std::result::Result<(), CacheError> {
         let end = self.len();
         let bytes = page * PAGE_SIZE..end.min((page + 1) * PAGE_SIZE);
         if bytes.is_empty() || self.pages.is_known_dirty(page) {

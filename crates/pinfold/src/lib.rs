@@ -37,6 +37,7 @@ mod extents;
 mod file;
 mod inode;
 mod io;
+mod lent;
 mod mapping;
 mod metadata;
 mod node;
@@ -62,7 +63,7 @@ pub use pinfold_cache::{CacheSnapshot, Lease, MEMORY_MIN, PinKind, PinSite};
 pub use pinfold_fault::FaultSnapshot;
 pub use pinfold_mem::copy::install as install_fault_handler;
 pub use pinfold_mem::forked::Process;
-pub use pinfold_mem::sys::writev_spans;
+pub use pinfold_mem::sys::{write_unreadable, writev_spans};
 pub use pinfold_mem::{
     AlignedBuf, Delivery, Direction, IoSpan, IovCursor, Privilege, RawSpan, faultin,
 };

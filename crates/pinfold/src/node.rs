@@ -522,7 +522,8 @@ impl Vnode {
         if !self.tree.engine.process.is_current() {
             return Err(Error::new(operation, ErrorKind::Forked));
         }
-        let held = self.shared().map(|shared| shared.lock(request));
+        let shared = self.shared().filter(|shared| !shared.is_lent_here());
+        let held = shared.map(|shared| shared.lock(request));
         held.transpose().map_err(|why| refused(operation, why))
     }
 
@@ -562,6 +563,20 @@ impl Vnode {
 }
 
 impl Node {
+    /// Returns the data side of a regular file.
+    pub(crate) fn inode(&self, operation: &'static str) -> Result<&Inode> {
+        match self.kind() {
+            Kind::File => Ok(&self.data()?.inode),
+            Kind::Directory => Err(Error::name(operation, Errno::EISDIR)),
+            _ => Err(Error::name(operation, Errno::EOPNOTSUPP)),
+        }
+    }
+
+    /// As [`Node::inode`], if it has been made already.
+    pub(crate) fn known_inode(&self) -> Option<&Inode> {
+        self.0.data.get().map(|data| &*data.inode)
+    }
+
     /// Stores what other nodes have to find, before the glock falls.
     pub(crate) fn hand_over(&self) -> std::result::Result<(), Errno> {
         self.0.hand_over()

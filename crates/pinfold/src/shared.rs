@@ -23,6 +23,9 @@
 //! which is no hold: everything is looked at anew unless it is still there afterwards.
 //!
 //! A volume without glocks pays one look at an absent option for each call.
+//!
+//! A mode can be lent to whoever caches beside the volume (`lent.rs`): until [`Demoted`] takes it back, what that one does for its
+//! own pages takes no glock. It could not wait for one: the demotion waits for it.
 
 use std::fmt;
 use std::ops::Range;
@@ -48,7 +51,9 @@ use crate::node::Tree;
 /// stays) or UN (nothing stays). For whoever caches something of it beside the volume, as a kernel does for a mount.
 ///
 /// The lock is handed over when this has returned. It runs with no lock held, in a thread that does nothing else for this inode
-/// meanwhile; calls on the inode that need its glock wait for it, so it must not wait for one.
+/// meanwhile; calls on the inode that need its glock wait for it, so it must not wait for one. What was lent of the mode
+/// ([`crate::Node::lend_mode`]) is still good while it runs, and is not any more when it has returned. It is told UN as well when the
+/// node has withdrawn.
 pub type Demoted = Arc<dyn Fn(NodeId, Mode) + Send + Sync>;
 
 /// A glock held for a call; nothing in a volume that has none.
@@ -57,6 +62,7 @@ pub(crate) type Hold<'a> = Option<Guard<'a>>;
 /// A file's glock.
 #[derive(Clone)]
 pub(crate) struct Shared {
+    pub(crate) id: FileId,
     pub(crate) space: Arc<Space>,
     pub(crate) glock: Arc<Glock>,
 }
@@ -113,7 +119,7 @@ impl Inode {
     /// Takes the file's glock for a call that fills, changes or by-passes pages.
     #[inline]
     pub(crate) fn hold(&self, operation: &'static str, mode: Mode) -> Result<Hold<'_>> {
-        match self.shared() {
+        match self.shared_here() {
             None => Ok(None),
             Some(shared) => self
                 .hold_shared(shared, mode, Flags::NONE)
@@ -129,7 +135,7 @@ impl Inode {
         nowait: bool,
     ) -> std::result::Result<Hold<'_>, CacheError> {
         let flags = if nowait { Flags::TRY } else { Flags::NONE };
-        match self.shared() {
+        match self.shared_here() {
             None => Ok(None),
             Some(shared) => self.hold_shared(shared, mode, flags).map_err(refused_pages),
         }
@@ -154,7 +160,7 @@ impl Inode {
         mode: Mode,
         nowait: bool,
     ) -> Result<Hold<'_>> {
-        let Some(shared) = self.shared() else {
+        let Some(shared) = self.shared_here() else {
             return Ok(None);
         };
         let wait = if nowait { Flags::TRY } else { Flags::NONE };
@@ -294,6 +300,9 @@ impl Duties for InodeDuties {
     // Direct I/O is waited for by the thread that holds the glock for it: before another holder there is none to drain.
 
     fn withdrawn(&self) {
+        if let Some(tree) = self.tree.upgrade() {
+            tree.tell_demoted(self.id, Mode::Unlocked);
+        }
         if let Some(node) = self.tree.upgrade().and_then(|tree| tree.held(self.id)) {
             node.abandon();
         }

@@ -5,13 +5,14 @@
 //! freed number), it is one that no store uses.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::RwLock;
 use pinfold::{Node, NodeId};
 
 use crate::growth::Growth;
+use crate::pages::Pages;
 
 /// The number FUSE gives the mounted directory.
 pub(crate) const ROOT: u64 = 1;
@@ -44,6 +45,8 @@ struct Entry {
     /// Whether the kernel may have pages of it at all.
     paged: AtomicBool,
     growth: Arc<Growth>,
+    /// Of a shared file: what the kernel may have of it.
+    pages: OnceLock<Arc<Pages>>,
 }
 
 impl Inodes {
@@ -96,6 +99,7 @@ impl Inodes {
                 cached: NO_VERSION,
                 paged: AtomicBool::new(false),
                 growth: Arc::default(),
+                pages: OnceLock::new(),
             },
         );
         number
@@ -148,22 +152,21 @@ impl Inodes {
             .is_some_and(|entry| entry.paged.load(Ordering::SeqCst))
     }
 
-    /// Returns the number of a file that the kernel may have pages of.
-    pub(crate) fn paged_number(&self, id: NodeId) -> Option<u64> {
+    /// Returns what the kernel may have of a file's pages.
+    pub(crate) fn pages(&self, number: u64) -> Option<Arc<Pages>> {
         let known = self.known.read();
-        let number = *known.numbers.get(&id)?;
         let entry = known.by_number.get(&number)?;
-        entry.paged.load(Ordering::SeqCst).then_some(number)
+        let made = entry
+            .pages
+            .get_or_init(|| Pages::new(number, entry.node.clone()));
+        Some(Arc::clone(made))
     }
 
-    /// Returns the numbers of all such files.
-    pub(crate) fn paged_numbers(&self) -> Vec<u64> {
+    /// As [`Inodes::pages`], if the kernel ever had any.
+    pub(crate) fn pages_of(&self, id: NodeId) -> Option<Arc<Pages>> {
         let known = self.known.read();
-        let entries = known.by_number.iter();
-        entries
-            .filter(|(_, entry)| entry.paged.load(Ordering::SeqCst))
-            .map(|(&number, _)| number)
-            .collect()
+        let entry = known.by_number.get(known.numbers.get(&id)?)?;
+        entry.pages.get().map(Arc::clone)
     }
 
     /// Tells whether what the kernel has cached of the file is its contents' present version, and notes that.

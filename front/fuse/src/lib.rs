@@ -6,7 +6,8 @@
 //! *Does not own*: names, data, caching, rights: the volume's, and the kernel's (`default_permissions`).
 //!
 //! *Locking*: tables of inodes and handles, never held across a call into the volume. Threads that serve requests wait
-//! for the volume only; what waits for the kernel does so on threads of its own (`invalidator`, `growth`).
+//! for the volume only; what waits for the kernel does so on threads of its own (`invalidator`, `growth`, `paging`). On a mount of
+//! several nodes calls that change a mapped file wait for those; what the kernel's pages need is served meanwhile (`server::lanes`).
 //!
 //! What the kernel caches and why is docs/decisions/0003-fuse-kernel-cache.md. In short: ordinary opens go through the
 //! kernel's page cache, written through, so that mappings and reads agree and an error comes from the write it belongs
@@ -24,6 +25,8 @@ mod invalidator;
 mod locks;
 mod mount;
 mod opens;
+mod pages;
+mod paging;
 mod reply;
 mod revoker;
 mod server;

@@ -21,9 +21,10 @@ use crate::growth::{self, Settler};
 use crate::inodes::Inodes;
 use crate::invalidator::Invalidator;
 use crate::locks::Locks;
+use crate::paging::{Linux, Paging};
 use crate::reply::Device;
 use crate::revoker::Revoker;
-use crate::server::Server;
+use crate::server::{Lanes, Server};
 
 mod table;
 
@@ -50,8 +51,8 @@ pub struct MountOptions {
     /// How long a question for the size of a file waits for the call that makes it grow; then it is answered with a size that
     /// cannot be read up to until that call ends. Default: a second.
     pub size_wait: Option<Duration>,
-    /// For a volume with glocks, whose files other nodes change too: whom it tells of demotions. Then the kernel caches neither contents nor
-    /// names nor attributes, and shared mappings are refused (ENODEV); private ones show what the file was.
+    /// For a volume with glocks, whose files other nodes change too: whom it tells of demotions. Then the kernel caches neither names nor
+    /// attributes, and of contents only what is mapped, until another node wants it.
     pub shared: Option<Revoker>,
 }
 
@@ -126,13 +127,13 @@ pub fn mount(
     let settler = Arc::new(Settler::new(options.size_wait.unwrap_or(growth::WAIT)));
     let locks = options.shared.is_some().then(Arc::<Locks>::default);
     let inodes = Arc::new(Inodes::new(root));
-    let server = Server::new(
+    let server = Arc::new(Server::new(
         Arc::clone(&inodes),
         Arc::clone(&device),
         Arc::clone(&invalidator),
         Arc::clone(&settler),
         locks.clone(),
-    );
+    ));
     let allow_other = options.allow_other.unwrap_or(privileged);
     let mut config = Config::default();
     config.acl = if allow_other {
@@ -140,15 +141,16 @@ pub fn mount(
     } else {
         SessionACL::Owner
     };
-    config.n_threads = Some(
-        options
-            .threads
-            .map_or_else(threads, |n| n.get().min(THREADS_MAX)),
-    );
+    let threads = options
+        .threads
+        .map_or_else(threads, |n| n.get().min(THREADS_MAX));
+    config.n_threads = Some(threads);
+    let lanes = Lanes::new(Arc::clone(&server), threads, options.shared.is_some())
+        .map_err(MountError::NoThread)?;
     let (session, by) = if privileged {
-        mount_ourselves(server, at, config)?
+        mount_ourselves(lanes, at, config)?
     } else {
-        mount_by_helper(server, at, config)?
+        mount_by_helper(lanes, at, config)?
     };
     let reply_fd = session.as_fd().try_clone_to_owned();
     device.set(reply_fd.map_err(MountError::Handshake)?);
@@ -157,12 +159,19 @@ pub fn mount(
         .and_then(|()| settler.start(&session.notifier()))
         .and_then(|()| locks.as_ref().map_or(Ok(()), Locks::start))
         .and_then(|()| match &options.shared {
-            Some(revoker) => revoker.start(&inodes, session.notifier()),
+            Some(revoker) => {
+                let device = session.as_fd().try_clone_to_owned()?;
+                let notifier = session.notifier();
+                let paging = Paging::start(Arc::new(Linux { notifier, device }))?;
+                revoker.attach(&inodes, &paging);
+                server.set_paging(paging);
+                Ok(())
+            }
             None => Ok(()),
         })
         .map_err(MountError::NoThread)?;
     // The server's are the only ones left: their threads end with it.
-    drop((invalidator, settler, locks, inodes));
+    drop((server, invalidator, settler, locks, inodes));
     let serving = std::thread::Builder::new()
         .name("pinfold-fuse".into())
         .spawn(move || {
@@ -186,10 +195,10 @@ fn threads() -> usize {
 }
 
 fn mount_ourselves(
-    server: Server,
+    server: Lanes,
     at: &Path,
     config: Config,
-) -> Result<(Session<Server>, By), MountError> {
+) -> Result<(Session<Lanes>, By), MountError> {
     let refused = |errno: rustix::io::Errno| MountError::Refused {
         at: at.to_owned(),
         error: errno.into(),
@@ -235,10 +244,10 @@ fn mount_ourselves(
 }
 
 fn mount_by_helper(
-    server: Server,
+    server: Lanes,
     at: &Path,
     mut config: Config,
-) -> Result<(Session<Server>, By), MountError> {
+) -> Result<(Session<Lanes>, By), MountError> {
     // The library opens it too, before it asks the helper.
     OpenOptions::new()
         .read(true)

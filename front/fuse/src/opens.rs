@@ -28,6 +28,11 @@ impl OpenFile {
         }
     }
 
+    /// Tells whether a mapping made through it may store.
+    pub(crate) fn may_store(&self) -> bool {
+        self.first_access.read && self.first_access.write
+    }
+
     /// Returns the file as it was opened: what errors are reported through.
     pub(crate) fn file(&self) -> &File {
         &self.first

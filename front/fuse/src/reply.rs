@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::OnceLock;
 
-use fuser::{ReplyData, Request};
+use fuser::ReplyData;
 use pinfold::{Errno, Lease};
 
 /// Bytes of the header before a reply's data.
@@ -23,11 +23,11 @@ impl Device {
     }
 
     /// Sends a lease's bytes as the answer to a read.
-    pub(crate) fn send(&self, request: &Request, lease: &Lease, reply: ReplyData) {
+    pub(crate) fn send(&self, unique: u64, lease: &Lease, reply: ReplyData) {
         let Some(fd) = self.0.get() else {
             return reply.error(fuser::Errno::EIO);
         };
-        let header = header(request.unique().0, lease.len());
+        let header = header(unique, lease.len());
         match pinfold::writev_spans(fd.as_fd(), &header, lease.spans()) {
             Ok(_) => forget(reply),
             // The request was given up meanwhile: nobody waits for any answer.

@@ -2,12 +2,13 @@
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use fuser::{
-    Errno, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, ReplyData, ReplyDirectoryPlus,
-    ReplyEmpty, ReplyEntry, ReplyXattr, Request,
+    Errno, FileHandle, FopenFlags, Generation, INodeNo, InitFlags, ReplyAttr, ReplyData,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyWrite, ReplyXattr,
 };
 use pinfold::{AllocateMode, Caller, File, Metadata, Node, OpenOptions, Owner, SetAttributes};
 
@@ -17,9 +18,14 @@ use crate::inodes::{Inodes, ROOT};
 use crate::invalidator::Invalidator;
 use crate::locks::Locks;
 use crate::opens::{Directories, Files, OpenFile};
+use crate::pages::Pages;
+use crate::paging::Paging;
 use crate::reply::Device;
 
+mod lanes;
 mod requests;
+
+pub(crate) use lanes::Lanes;
 
 /// Bytes of one request's data at most.
 pub(crate) const TRANSFER_MAX: u32 = 1 << 20;
@@ -71,6 +77,17 @@ pub(crate) struct Server {
     settler: Arc<Settler>,
     /// Where other nodes change the files too: the locks of programs here.
     shared: Option<Arc<Locks>>,
+    /// There too, once the session's kernel is known: who deals with it about pages.
+    paging: OnceLock<Arc<Paging>>,
+}
+
+/// Who makes a request.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Asker {
+    unique: u64,
+    uid: u32,
+    gid: u32,
+    pid: u32,
 }
 
 fn refused(error: pinfold::Error) -> Errno {
@@ -114,6 +131,27 @@ impl Server {
             invalidator,
             settler,
             shared,
+            paging: OnceLock::new(),
+        }
+    }
+
+    /// Takes who deals with the kernel about shared files' pages, before the first request.
+    pub(crate) fn set_paging(&self, paging: Arc<Paging>) {
+        // A server has one session.
+        let _ = self.paging.set(paging);
+    }
+
+    /// Returns what the kernel may have of a file that other nodes use too; `None` on other mounts.
+    fn pages(&self, number: INodeNo) -> Option<(&Arc<Paging>, Arc<Pages>)> {
+        let paging = self.paging.get()?;
+        Some((paging, self.inodes.pages(number.0)?))
+    }
+
+    /// Carries out a call that changes `bytes` past the kernel's pages, of which none are there meanwhile on a shared mount.
+    fn past<T>(&self, number: INodeNo, bytes: Range<u64>, work: impl FnOnce() -> T) -> T {
+        match self.pages(number) {
+            Some((paging, pages)) => pages.past(paging, bytes, work),
+            None => work(),
         }
     }
 
@@ -142,7 +180,7 @@ impl Server {
     /// Carries out a request that may make a file grow from `len` bytes to `end`. `work` tells how far it reaches then.
     fn growing<T, E>(
         &self,
-        (request, number, handle): (&Request, INodeNo, Option<FileHandle>),
+        (request, number, handle): (Asker, INodeNo, Option<FileHandle>),
         (len, end): (impl FnOnce() -> Result<u64, E>, u64),
         work: impl FnOnce() -> Result<T, E>,
         reached: impl FnOnce(&T) -> u64,
@@ -158,7 +196,7 @@ impl Server {
             return work();
         };
         let by = Grower {
-            thread: request.pid(),
+            thread: request.pid,
             handle: handle.map(|handle| handle.0),
         };
         growth.begin(by, len);
@@ -190,7 +228,7 @@ impl Server {
 
     fn set(
         &self,
-        request: &Request,
+        request: Asker,
         number: INodeNo,
         handle: Option<FileHandle>,
         set: &SetAttributes,
@@ -225,7 +263,7 @@ impl Server {
             )
             .map_err(refused)?;
             rest.len = None;
-            self.drop_set_id_bits(request.uid(), &node);
+            self.drop_set_id_bits(request.uid, &node);
         }
         node.set_attributes(&rest).map_err(refused)
     }
@@ -246,13 +284,39 @@ impl Server {
         let file = node.open(&options).map_err(refused)?;
         let version = node.content_version();
         let cached = self.inodes.still_cached(number.0, version);
-        let handle = self.files.insert(OpenFile::new(file));
+        let handle = self.opened(number, file);
         Ok((handle, self.cache_flags(cached, flags)))
+    }
+
+    /// Takes an open file up and returns its handle. The kernel may map it from the answer on.
+    fn opened(&self, number: INodeNo, file: File) -> u64 {
+        let open = OpenFile::new(file);
+        if open.may_store()
+            && let Some((paging, pages)) = self.pages(number)
+        {
+            pages.begin_writer(paging);
+        }
+        self.files.insert(open)
+    }
+
+    fn answer_set(
+        &self,
+        (request, number, handle): (Asker, INodeNo, Option<FileHandle>),
+        set: &SetAttributes,
+        reply: ReplyAttr,
+    ) {
+        match self.set(request, number, handle, set) {
+            Ok(metadata) => reply.attr(
+                &self.valid(),
+                &file_attr(shown(number, &metadata), &metadata),
+            ),
+            Err(error) => reply.error(error),
+        }
     }
 
     fn make(
         &self,
-        request: &Request,
+        request: Asker,
         (parent, name): (INodeNo, &OsStr),
         (mode, umask, flags): (u32, u32, i32),
     ) -> Answer<(fuser::FileAttr, Generation, u64, FopenFlags)> {
@@ -262,15 +326,15 @@ impl Server {
         let (node, file) = made.map_err(refused)?;
         let (attr, generation) = self.enter(&node)?;
         let cached = self.inodes.still_cached(attr.ino.0, node.content_version());
-        let handle = self.files.insert(OpenFile::new(file));
+        let handle = self.opened(attr.ino, file);
         Ok((attr, generation, handle, self.cache_flags(cached, flags)))
     }
 
     fn cache_flags(&self, cached: bool, flags: i32) -> FopenFlags {
         if self.shared.is_some() {
-            // Every read and write comes here. The kernel has pages for private mappings alone, of what the file was when
-            // they were mapped (`WANTED`).
-            FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+            // Every read and write comes here. The kernel has pages for mappings alone. Not parallel: mmap(2) would wait for
+            // such writes with the address space locked, in which the kernel may have to find the memory that is written.
+            FopenFlags::FOPEN_DIRECT_IO
         } else if flags & libc::O_DIRECT != 0 {
             FopenFlags::FOPEN_DIRECT_IO
                 | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
@@ -439,12 +503,40 @@ fn options(flags: i32) -> Answer<OpenOptions> {
     Ok(options.append(false).dsync(false).nofollow(false))
 }
 
-fn owner(request: &Request, umask: u32) -> Owner {
+fn owner(request: Asker, umask: u32) -> Owner {
     Owner::Caller(Caller {
-        uid: request.uid(),
-        gid: request.gid(),
+        uid: request.uid,
+        gid: request.gid,
         umask,
     })
+}
+
+/// Fills pages of the kernel's, or says why not: then whoever touches them gets SIGBUS.
+fn fill(
+    right: Answer<()>,
+    device: &Device,
+    open: &OpenFile,
+    (request, offset, size): (Asker, u64, u32),
+    reply: ReplyData,
+) {
+    let lent = right.and_then(|()| {
+        let file = open.way(false).map_err(refused)?;
+        file.lend(offset, size as usize).map_err(refused)
+    });
+    match lent {
+        // All of it is behind the end, which another node has moved. Empty, it would be a page of zeros to some kernels.
+        Ok(lease) if lease.is_empty() => reply.error(Errno::EIO),
+        Ok(lease) => device.send(request.unique, &lease, reply),
+        Err(error) => reply.error(error),
+    }
+}
+
+fn answer_write(outcome: Answer<usize>, reply: ReplyWrite) {
+    match outcome {
+        // At most TRANSFER_MAX.
+        Ok(done) => reply.written(done as u32),
+        Err(error) => reply.error(error),
+    }
 }
 
 fn answer_empty(outcome: Answer<()>, reply: ReplyEmpty) {

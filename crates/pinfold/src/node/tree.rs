@@ -106,6 +106,7 @@ impl Tree {
             Arc::new(InodeDuties::new(Arc::downgrade(self), id))
         });
         Some(Shared {
+            id,
             space: Arc::clone(space),
             glock,
         })

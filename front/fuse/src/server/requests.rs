@@ -1,37 +1,34 @@
-//! The requests one by one, as the protocol library hands them over: arguments in, one reply out.
+//! The requests one by one, as the protocol library hands them over ([`super::lanes`]): arguments in, one reply out.
 
 use std::ffi::OsStr;
-use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock,
-    ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, FopenFlags, Generation, INodeNo,
+    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLock, ReplyLseek,
+    ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, TimeOrNow, WriteFlags,
 };
 use pinfold::{AllocateMode, Kind, Seek, SetAttributes, SetXattr};
 
 use super::{
-    Added, BACKGROUND_MAX, Server, TRANSFER_MAX, WANTED, allocate_mode, answer_empty, answer_xattr,
-    owner, refused, shown,
+    Added, Asker, BACKGROUND_MAX, Server, TRANSFER_MAX, WANTED, allocate_mode, answer_empty,
+    answer_write, answer_xattr, fill, owner, refused, shown,
 };
 use crate::attributes::{
     PERMISSIONS, absent, decode_device, file_attr, file_type, kind_of, set_time,
 };
 use crate::growth::Question;
 use crate::invalidator::Written;
-use crate::locks::Wish;
+use crate::locks::Wish as LockWish;
+use crate::pages::Wish;
 
-impl Filesystem for Server {
-    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+#[allow(clippy::too_many_arguments, reason = "they are the protocol's")]
+impl Server {
+    pub(super) fn init(&self, config: &mut KernelConfig) {
         for wanted in WANTED {
-            if self.shared.is_some() && wanted == InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP {
-                // A shared mapping's stores are the kernel's to tell, which it does when it likes: such mappings are
-                // refused (ENODEV).
-                continue;
-            }
             if config.add_capabilities(wanted).is_err() {
                 tracing::debug!(?wanted, "the kernel cannot");
             }
@@ -48,14 +45,19 @@ impl Filesystem for Server {
         }
         // Refusals name the nearest value that would do; what stands then is a default that works.
         let _ = config.set_max_write(TRANSFER_MAX);
-        let _ = config.set_max_background(BACKGROUND_MAX);
+        // Fills wait for glocks on shared mounts, and what is ahead counts: pages must be stored meanwhile.
+        let background = if self.shared.is_some() {
+            u16::MAX
+        } else {
+            BACKGROUND_MAX
+        };
+        let _ = config.set_max_background(background);
         if let Err(nearest) = config.set_max_readahead(TRANSFER_MAX) {
             let _ = config.set_max_readahead(nearest);
         }
-        Ok(())
     }
 
-    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    pub(super) fn lookup(&self, _request: Asker, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let dir = match self.node(parent) {
             Ok(dir) => dir,
             Err(error) => return reply.error(error),
@@ -73,13 +75,13 @@ impl Filesystem for Server {
         }
     }
 
-    fn forget(&self, _request: &Request, number: INodeNo, lookups: u64) {
+    pub(super) fn forget(&self, _request: Asker, number: INodeNo, lookups: u64) {
         self.inodes.forget(number.0, lookups);
     }
 
-    fn getattr(
+    pub(super) fn getattr(
         &self,
-        request: &Request,
+        request: Asker,
         number: INodeNo,
         handle: Option<FileHandle>,
         reply: ReplyAttr,
@@ -94,7 +96,7 @@ impl Filesystem for Server {
         // In this order: what begins to grow after the attributes were read is not in them.
         if handle.is_none()
             && let Some(growth) = self.inodes.growth(number.0)
-            && let Some(seen) = growth.unsettled(request.pid(), self.settler.wait_max())
+            && let Some(seen) = growth.unsettled(request.pid, self.settler.wait_max())
         {
             attr.size = attr.size.min(seen.len);
             let question =
@@ -104,9 +106,9 @@ impl Filesystem for Server {
         reply.attr(&self.valid(), &attr);
     }
 
-    fn setattr(
-        &self,
-        request: &Request,
+    pub(super) fn setattr(
+        self: &Arc<Self>,
+        request: Asker,
         number: INodeNo,
         mode: Option<u32>,
         uid: Option<u32>,
@@ -130,16 +132,24 @@ impl Filesystem for Server {
             accessed: set_time(accessed),
             modified: set_time(modified),
         };
-        match self.set(request, number, handle, &set) {
-            Ok(metadata) => reply.attr(
-                &self.valid(),
-                &file_attr(shown(number, &metadata), &metadata),
-            ),
-            Err(error) => reply.error(error),
-        }
+        let pages = size.and_then(|_| self.pages(number));
+        let Some((paging, pages)) = pages else {
+            return self.answer_set((request, number, handle), &set, reply);
+        };
+        // Until it is answered the kernel stores none of the file's pages, not for an invalidation either: a demotion waits
+        // for this, which therefore must not wait for the glock.
+        let server = Arc::clone(self);
+        pages.ask(
+            paging,
+            Wish::Resize,
+            Box::new(move |right| match right {
+                Ok(()) => server.answer_set((request, number, handle), &set, reply),
+                Err(error) => reply.error(error),
+            }),
+        );
     }
 
-    fn readlink(&self, _request: &Request, number: INodeNo, reply: ReplyData) {
+    pub(super) fn readlink(&self, _request: Asker, number: INodeNo, reply: ReplyData) {
         let node = self.node(number);
         match node.and_then(|node| node.read_link().map_err(refused)) {
             Ok(target) => reply.data(target.as_encoded_bytes()),
@@ -147,9 +157,9 @@ impl Filesystem for Server {
         }
     }
 
-    fn mknod(
+    pub(super) fn mknod(
         &self,
-        request: &Request,
+        request: Asker,
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
@@ -166,9 +176,9 @@ impl Filesystem for Server {
         self.answer_entry(made, reply);
     }
 
-    fn mkdir(
+    pub(super) fn mkdir(
         &self,
-        request: &Request,
+        request: Asker,
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
@@ -182,12 +192,12 @@ impl Filesystem for Server {
         self.answer_entry(made, reply);
     }
 
-    fn unlink(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    pub(super) fn unlink(&self, _request: Asker, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let dir = self.node(parent);
         answer_empty(dir.and_then(|dir| dir.unlink(name).map_err(refused)), reply);
     }
 
-    fn rmdir(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    pub(super) fn rmdir(&self, _request: Asker, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let dir = self.node(parent);
         answer_empty(
             dir.and_then(|dir| dir.remove_dir(name).map_err(refused)),
@@ -195,9 +205,9 @@ impl Filesystem for Server {
         );
     }
 
-    fn symlink(
+    pub(super) fn symlink(
         &self,
-        request: &Request,
+        request: Asker,
         parent: INodeNo,
         name: &OsStr,
         target: &Path,
@@ -210,9 +220,9 @@ impl Filesystem for Server {
         self.answer_entry(made, reply);
     }
 
-    fn rename(
+    pub(super) fn rename(
         &self,
-        _request: &Request,
+        _request: Asker,
         parent: INodeNo,
         name: &OsStr,
         new_parent: INodeNo,
@@ -228,9 +238,9 @@ impl Filesystem for Server {
         answer_empty(outcome, reply);
     }
 
-    fn link(
+    pub(super) fn link(
         &self,
-        _request: &Request,
+        _request: Asker,
         number: INodeNo,
         new_parent: INodeNo,
         new_name: &OsStr,
@@ -244,16 +254,22 @@ impl Filesystem for Server {
         self.answer_entry(linked, reply);
     }
 
-    fn open(&self, _request: &Request, number: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    pub(super) fn open(
+        &self,
+        _request: Asker,
+        number: INodeNo,
+        flags: OpenFlags,
+        reply: ReplyOpen,
+    ) {
         match self.open_file(number, flags.0) {
             Ok((handle, how)) => reply.opened(FileHandle(handle), how),
             Err(error) => reply.error(error),
         }
     }
 
-    fn create(
+    pub(super) fn create(
         &self,
-        request: &Request,
+        request: Asker,
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
@@ -270,9 +286,9 @@ impl Filesystem for Server {
         }
     }
 
-    fn read(
+    pub(super) fn read(
         &self,
-        request: &Request,
+        request: Asker,
         number: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -288,10 +304,11 @@ impl Filesystem for Server {
         // Only reads that a program waits for carry an owner: the others fill the kernel's pages.
         if lock_owner.is_none() {
             self.inodes.note_paged(number.0);
-            if self.shared.is_some() {
-                // Waits for a demotion under way, which has had the kernel's pages dropped already: bytes that are still
-                // cached here must not go back there. A later one waits for this page, which is locked meanwhile.
-                let _ = open.file().len();
+            if let Some((paging, pages)) = self.pages(number) {
+                let bytes = offset..offset.saturating_add(u64::from(size));
+                let device = Arc::clone(&self.device);
+                let fill = move |right| fill(right, &device, &open, (request, offset, size), reply);
+                return pages.ask(paging, Wish::Fill(bytes), Box::new(fill));
             }
         } else if flags.0 & libc::O_DIRECT != 0 {
             return self.read_direct(&open, offset, size, reply);
@@ -300,14 +317,14 @@ impl Filesystem for Server {
             .way(false)
             .and_then(|file| file.lend(offset, size as usize))
         {
-            Ok(lease) => self.device.send(request, &lease, reply),
+            Ok(lease) => self.device.send(request.unique, &lease, reply),
             Err(error) => reply.error(refused(error)),
         }
     }
 
-    fn write(
+    pub(super) fn write(
         &self,
-        request: &Request,
+        request: Asker,
         number: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -332,15 +349,35 @@ impl Filesystem for Server {
             && let Ok(node) = self.node(number)
             && let Err(error) = node.clear_set_id_bits()
         {
-            tracing::debug!(%error, uid = request.uid(), "cannot clear set-id bits");
+            tracing::debug!(%error, uid = request.uid, "cannot clear set-id bits");
+        }
+        if let Some((paging, pages)) = self.pages(number) {
+            return if past_pages {
+                let end = offset.saturating_add(data.len() as u64);
+                let append = flags.0 & libc::O_APPEND != 0;
+                let bytes = if append {
+                    // The end as it is while the kernel has pages; they are gone before others can move it.
+                    open.file().node().known_len().unwrap_or(0)..u64::MAX
+                } else {
+                    offset..end
+                };
+                let how = (flags.0 & libc::O_DIRECT != 0, false, append);
+                let done = pages.past(paging, bytes, || {
+                    self.write_data(&open, (offset, data), how)
+                });
+                answer_write(done.map_err(refused), reply);
+            } else {
+                let done = pages.store(|| open.file().store_pages(data, offset).map_err(refused));
+                // What is cut off lies behind the end, where other nodes have moved it.
+                answer_write(done.map(|_| data.len()), reply);
+            };
         }
         let direct = past_pages && flags.0 & libc::O_DIRECT != 0;
-        let append = self.shared.is_some() && past_pages && flags.0 & libc::O_APPEND != 0;
         let outcome = self
             .growing(
                 (request, number, Some(handle)),
                 (|| Ok(open.file().len()), offset + data.len() as u64),
-                || self.write_data(&open, (offset, data), (direct, write_back, append)),
+                || self.write_data(&open, (offset, data), (direct, write_back, false)),
                 |&done| offset + done as u64,
             )
             // At most TRANSFER_MAX.
@@ -356,15 +393,12 @@ impl Filesystem for Server {
                 reply,
             });
         }
-        match outcome {
-            Ok(done) => reply.written(done),
-            Err(error) => reply.error(error),
-        }
+        answer_write(outcome.map(|done| done as usize), reply);
     }
 
-    fn flush(
+    pub(super) fn flush(
         &self,
-        _request: &Request,
+        _request: Asker,
         number: INodeNo,
         _handle: FileHandle,
         lock_owner: LockOwner,
@@ -378,9 +412,9 @@ impl Filesystem for Server {
         reply.error(Errno::ENOSYS);
     }
 
-    fn release(
+    pub(super) fn release(
         &self,
-        _request: &Request,
+        _request: Asker,
         number: INodeNo,
         handle: FileHandle,
         _flags: OpenFlags,
@@ -394,14 +428,19 @@ impl Filesystem for Server {
         if let Some(locks) = &self.shared {
             locks.close(number, handle.0);
         }
-        let closed = self.files.remove(handle.0);
-        drop(closed);
+        // The kernel sends this when nothing maps the file through this handle any more.
+        if let Some(closed) = self.files.remove(handle.0)
+            && closed.may_store()
+            && let Some((_, pages)) = self.pages(number)
+        {
+            pages.end_writer();
+        }
         reply.ok();
     }
 
-    fn getlk(
+    pub(super) fn getlk(
         &self,
-        _request: &Request,
+        _request: Asker,
         number: INodeNo,
         handle: FileHandle,
         owner: LockOwner,
@@ -411,7 +450,7 @@ impl Filesystem for Server {
         _pid: u32,
         reply: ReplyLock,
     ) {
-        let wish = Wish {
+        let wish = LockWish {
             number,
             handle: handle.0,
             owner,
@@ -435,9 +474,9 @@ impl Filesystem for Server {
         }
     }
 
-    fn setlk(
+    pub(super) fn setlk(
         &self,
-        request: &Request,
+        request: Asker,
         number: INodeNo,
         handle: FileHandle,
         owner: LockOwner,
@@ -448,7 +487,7 @@ impl Filesystem for Server {
         sleep: bool,
         reply: ReplyEmpty,
     ) {
-        let wish = Wish {
+        let wish = LockWish {
             number,
             handle: handle.0,
             owner,
@@ -460,14 +499,14 @@ impl Filesystem for Server {
             .locks()
             .and_then(|locks| Ok((locks, self.node(number)?)));
         match found {
-            Ok((locks, node)) => locks.set(&node, wish, (request.pid(), sleep), reply),
+            Ok((locks, node)) => locks.set(&node, wish, (request.pid, sleep), reply),
             Err(error) => reply.error(error),
         }
     }
 
-    fn fsync(
+    pub(super) fn fsync(
         &self,
-        _request: &Request,
+        _request: Asker,
         _number: INodeNo,
         handle: FileHandle,
         data_only: bool,
@@ -485,7 +524,13 @@ impl Filesystem for Server {
         answer_empty(outcome, reply);
     }
 
-    fn opendir(&self, _request: &Request, number: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    pub(super) fn opendir(
+        &self,
+        _request: Asker,
+        number: INodeNo,
+        _flags: OpenFlags,
+        reply: ReplyOpen,
+    ) {
         let opened = self
             .node(number)
             .and_then(|node| node.open_dir().map_err(refused));
@@ -498,9 +543,9 @@ impl Filesystem for Server {
         }
     }
 
-    fn readdir(
+    pub(super) fn readdir(
         &self,
-        _request: &Request,
+        _request: Asker,
         _number: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -518,9 +563,9 @@ impl Filesystem for Server {
         }
     }
 
-    fn readdirplus(
+    pub(super) fn readdirplus(
         &self,
-        _request: &Request,
+        _request: Asker,
         _number: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -535,9 +580,9 @@ impl Filesystem for Server {
         }
     }
 
-    fn releasedir(
+    pub(super) fn releasedir(
         &self,
-        _request: &Request,
+        _request: Asker,
         _number: INodeNo,
         handle: FileHandle,
         _flags: OpenFlags,
@@ -547,9 +592,9 @@ impl Filesystem for Server {
         reply.ok();
     }
 
-    fn fsyncdir(
+    pub(super) fn fsyncdir(
         &self,
-        _request: &Request,
+        _request: Asker,
         number: INodeNo,
         _handle: FileHandle,
         _data_only: bool,
@@ -562,7 +607,7 @@ impl Filesystem for Server {
         );
     }
 
-    fn statfs(&self, _request: &Request, number: INodeNo, reply: ReplyStatfs) {
+    pub(super) fn statfs(&self, _request: Asker, number: INodeNo, reply: ReplyStatfs) {
         let node = self.node(number);
         match node.and_then(|node| node.statfs().map_err(refused)) {
             Ok(space) => reply.statfs(
@@ -579,9 +624,9 @@ impl Filesystem for Server {
         }
     }
 
-    fn setxattr(
+    pub(super) fn setxattr(
         &self,
-        request: &Request,
+        request: Asker,
         number: INodeNo,
         name: &OsStr,
         value: &[u8],
@@ -597,9 +642,9 @@ impl Filesystem for Server {
         answer_empty(outcome, reply);
     }
 
-    fn getxattr(
+    pub(super) fn getxattr(
         &self,
-        _request: &Request,
+        _request: Asker,
         number: INodeNo,
         name: &OsStr,
         size: u32,
@@ -610,13 +655,19 @@ impl Filesystem for Server {
         answer_xattr(value, size, reply);
     }
 
-    fn listxattr(&self, _request: &Request, number: INodeNo, size: u32, reply: ReplyXattr) {
+    pub(super) fn listxattr(&self, _request: Asker, number: INodeNo, size: u32, reply: ReplyXattr) {
         let node = self.node(number);
         let names = node.and_then(|node| node.xattr_names().map_err(refused));
         answer_xattr(names, size, reply);
     }
 
-    fn removexattr(&self, _request: &Request, number: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    pub(super) fn removexattr(
+        &self,
+        _request: Asker,
+        number: INodeNo,
+        name: &OsStr,
+        reply: ReplyEmpty,
+    ) {
         let node = self.node(number);
         answer_empty(
             node.and_then(|node| node.remove_xattr(name).map_err(refused)),
@@ -624,9 +675,9 @@ impl Filesystem for Server {
         );
     }
 
-    fn ioctl(
+    pub(super) fn ioctl(
         &self,
-        _request: &Request,
+        _request: Asker,
         _number: INodeNo,
         _handle: FileHandle,
         _flags: IoctlFlags,
@@ -638,9 +689,9 @@ impl Filesystem for Server {
         reply.error(Errno::ENOTTY);
     }
 
-    fn fallocate(
+    pub(super) fn fallocate(
         &self,
-        request: &Request,
+        request: Asker,
         number: INodeNo,
         handle: FileHandle,
         offset: u64,
@@ -658,7 +709,11 @@ impl Filesystem for Server {
             self.growing(
                 (request, number, Some(handle)),
                 (|| Ok(open.file().len()), reaches),
-                || open.file().allocate(how, offset..end),
+                || {
+                    self.past(number, offset..end, || {
+                        open.file().allocate(how, offset..end)
+                    })
+                },
                 |()| reaches,
             )
             .map_err(refused)
@@ -666,9 +721,9 @@ impl Filesystem for Server {
         answer_empty(outcome, reply);
     }
 
-    fn lseek(
+    pub(super) fn lseek(
         &self,
-        _request: &Request,
+        _request: Asker,
         _number: INodeNo,
         handle: FileHandle,
         offset: i64,
@@ -694,9 +749,9 @@ impl Filesystem for Server {
         }
     }
 
-    fn copy_file_range(
+    pub(super) fn copy_file_range(
         &self,
-        request: &Request,
+        request: Asker,
         _number_in: INodeNo,
         handle_in: FileHandle,
         offset_in: u64,
@@ -717,7 +772,10 @@ impl Filesystem for Server {
             self.growing(
                 (request, number_out, Some(handle_out)),
                 (|| Ok(to.len()), end),
-                || self.copy(from, to, (offset_in, offset_out), len),
+                || {
+                    let copy = || self.copy(from, to, (offset_in, offset_out), len);
+                    self.past(number_out, offset_out..end, copy)
+                },
                 |&done| offset_out + u64::from(done),
             )
             .map_err(refused)
@@ -728,9 +786,9 @@ impl Filesystem for Server {
         }
     }
 
-    fn access(
+    pub(super) fn access(
         &self,
-        _request: &Request,
+        _request: Asker,
         _number: INodeNo,
         _mask: fuser::AccessFlags,
         reply: ReplyEmpty,
