@@ -16,7 +16,7 @@
 //!
 //! FUSE carries no request for `O_TMPFILE` that the protocol library knows: it is `EOPNOTSUPP` on the mount.
 //! Collapsing and inserting ranges is refused by the kernel's FUSE itself. Record locks and flock(2) are the kernel's
-//! own, among all processes that use the mount.
+//! own, among all processes that use the mount; on a mount of several nodes the store's (`locks`).
 
 mod attributes;
 mod growth;
