@@ -399,6 +399,16 @@ fn git_commits_from_two_mounts_make_one_history() {
 
 #[test]
 fn sqlite_writers_on_two_mounts_leave_the_database_whole() {
+    sqlite_writers("delete");
+}
+
+/// The index of the log is memory that all who have the database open map.
+#[test]
+fn sqlite_writers_on_two_mounts_share_a_write_ahead_log() {
+    sqlite_writers("wal");
+}
+
+fn sqlite_writers(journal: &str) {
     let place = Place::new();
     if !is_there("sqlite3") {
         return;
@@ -408,6 +418,8 @@ fn sqlite_writers_on_two_mounts_leave_the_database_whole() {
         let wait = ["-bail", "-cmd", ".timeout 200000", "db", text];
         must("sqlite3", &wait, &node.mnt)
     };
+    let mode = sql(&nodes[0], &format!("pragma journal_mode={journal}"));
+    assert_eq!(mode.trim(), journal);
     sql(&nodes[0], "create table t(writer, number)");
     let count = 5 * rounds();
     std::thread::scope(|scope| {
