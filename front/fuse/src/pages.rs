@@ -391,7 +391,7 @@ impl Pages {
         if is_news && len > 0 {
             // Before any page is filled: a mapping does not ask for the size, and what it stores behind the end that
             // the kernel knows would be cut off. If a fill of the last page waits, the kernel knows when it waits for that.
-            paging.reach(self.number, len).wait();
+            paging.reach(self.number, len).wait_or_sleeps();
         }
         let mut state = self.state.lock();
         if !state.revoking && !state.has(mode) {

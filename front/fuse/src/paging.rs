@@ -10,6 +10,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -77,6 +78,8 @@ fn reach_message(number: u64, len: u64) -> [u8; 40] {
 pub(crate) struct Asked {
     stage: Mutex<Stage>,
     changed: Condvar,
+    /// The thread that asks the kernel, once it has begun.
+    thread: AtomicI32,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -104,6 +107,22 @@ impl Asked {
         while *stage == Stage::Begun && !self.changed.wait_until(&mut stage, end).timed_out() {}
         *stage == Stage::Ended
     }
+
+    /// Waits for its end, or until the kernel has come to wait for a page. That it runs, or wants to, is not enough: on a busy
+    /// machine it may not even have entered the kernel for as long as others like.
+    pub(crate) fn wait_or_sleeps(&self) {
+        while !self.wait() && !sleeps_in_kernel(self.thread.load(Ordering::Acquire)) {}
+    }
+}
+
+/// Tells whether a thread of this process waits in the kernel for what no signal interrupts, as for a locked page.
+fn sleeps_in_kernel(thread: i32) -> bool {
+    let told = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat"));
+    // The name before the state may hold anything, parentheses too. Without /proc nobody can tell: then the moment has to do.
+    told.map_or(true, |stat| {
+        stat.rsplit_once(')')
+            .is_none_or(|(_, rest)| rest.trim_start().starts_with('D'))
+    })
 }
 
 enum Question {
@@ -136,6 +155,8 @@ impl Paging {
             wanted,
         });
         spawn("pinfold-inval", asked, move |(question, asked)| {
+            let thread = rustix::thread::gettid().as_raw_nonzero().get();
+            asked.thread.store(thread, Ordering::Release);
             Arc::as_ref(&asked).reach(Stage::Begun);
             ask(&*kernel, question);
             Arc::as_ref(&asked).reach(Stage::Ended);
