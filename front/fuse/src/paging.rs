@@ -115,13 +115,13 @@ impl Asked {
     }
 }
 
-/// Tells whether a thread of this process waits in the kernel for what no signal interrupts, as for a locked page.
+/// Tells whether a thread of this process waits in the kernel for a page that somebody has locked. Other waits come before the
+/// size is taken over (for the address space, which other threads change).
 fn sleeps_in_kernel(thread: i32) -> bool {
-    let told = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat"));
-    // The name before the state may hold anything, parentheses too. Without /proc nobody can tell: then the moment has to do.
-    told.map_or(true, |stat| {
-        stat.rsplit_once(')')
-            .is_none_or(|(_, rest)| rest.trim_start().starts_with('D'))
+    let told = std::fs::read_to_string(format!("/proc/self/task/{thread}/wchan"));
+    // Without /proc nobody can tell: then the moment has to do.
+    told.map_or(true, |place| {
+        place.contains("folio") || place.contains("page_bit")
     })
 }
 
